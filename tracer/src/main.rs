@@ -1,0 +1,4 @@
+//! placeholder
+mod decode;
+mod event;
+fn main() {}
