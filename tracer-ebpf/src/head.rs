@@ -108,3 +108,1787 @@ pub struct Exchange {
     pub target: [u8; TARGET],
 }
 const _: () = assert!(size_of::<Exchange>() == 112);
+
+/// The direction of what the socket receives: the index of its [`Stream`] and the `D` of the functions below.
+pub const INGRESS: usize = 0;
+/// The direction of what the socket sends.
+pub const EGRESS: usize = 1;
+
+/// Words of the window of payload that [`step`] reads.
+pub const WINDOW_WORDS: usize = 24;
+/// Bytes of it.
+pub const WINDOW: usize = WINDOW_WORDS * 8;
+/// The byte that is looked at lies in one of the first 16 words: the 8 behind it are in bounds.
+const INDEX_MASK: i32 = 15;
+const LAST_POSITION: u32 = 127;
+
+/// Longest head that is followed (RFC 9112 names no limit; common servers stop at 8 to 64 KiB).
+pub const MAX_HEAD: u32 = 64 * 1024;
+/// Steps that one segment may take. A line takes one for each 64 bytes, so only a hostile segment comes near; its
+/// direction is then lost.
+pub const MAX_STEPS: u32 = 16 * 1024;
+/// Requests that may be outstanding, as many as `Http::heads` has bits.
+const MAX_OUTSTANDING: u32 = 64;
+
+/// What a direction carries ([`Stream::kind`]).
+mod kind {
+    pub(super) const UNKNOWN: u8 = 0;
+    pub(super) const REQUESTS: u8 = 1;
+    pub(super) const RESPONSES: u8 = 2;
+}
+
+/// Where in a message the next byte is ([`Stream::phase`]). The order matters: see the ranges below.
+mod phase {
+    /// Before the first byte of a head.
+    pub(super) const START: u8 = 0;
+    /// After an `H` that begins either `HEAD` or `HTTP/`, in a direction of unknown kind.
+    pub(super) const START_H: u8 = 1;
+    /// After the first, the second byte of what may be a TLS record.
+    pub(super) const TLS_MAJOR: u8 = 2;
+    pub(super) const TLS_MINOR: u8 = 3;
+    pub(super) const METHOD: u8 = 4;
+    /// The part of the target that is kept, and the part that is not.
+    pub(super) const TARGET: u8 = 5;
+    pub(super) const TARGET_REST: u8 = 6;
+    pub(super) const VERSION: u8 = 7;
+    pub(super) const VERSION_END: u8 = 8;
+    pub(super) const VERSION_LF: u8 = 9;
+    pub(super) const STATUS_VERSION: u8 = 10;
+    pub(super) const STATUS_SP: u8 = 11;
+    pub(super) const STATUS_CODE: u8 = 12;
+    pub(super) const STATUS_END: u8 = 13;
+    pub(super) const REASON: u8 = 14;
+    /// Before the first byte of a line of the head.
+    pub(super) const LINE: u8 = 15;
+    pub(super) const LINE_LF: u8 = 16;
+    pub(super) const NAME: u8 = 17;
+    pub(super) const VALUE: u8 = 18;
+    /// In a line of no interest. The last phase of a head.
+    pub(super) const SKIP: u8 = 19;
+    pub(super) const CHUNK_SIZE: u8 = 20;
+    pub(super) const CHUNK_EXT: u8 = 21;
+    /// Behind the data of a chunk.
+    pub(super) const CHUNK_END: u8 = 22;
+    pub(super) const CHUNK_LF: u8 = 23;
+    pub(super) const TRAILER: u8 = 24;
+    pub(super) const TRAILER_LF: u8 = 25;
+    pub(super) const TRAILER_SKIP: u8 = 26;
+    /// `Stream::length` bytes to pass over.
+    pub(super) const BODY: u8 = 27;
+    pub(super) const CHUNK_DATA: u8 = 28;
+    /// Mid-stream: ignore segments until one begins like a head.
+    pub(super) const HUNT: u8 = 29;
+    /// Behind a head whose framing is unknown: the next byte loses the direction.
+    pub(super) const UNFRAMED: u8 = 30;
+    /// Behind the head of a `CONNECT`: likewise, unless its answer comes first.
+    pub(super) const CONNECT: u8 = 31;
+    /// The rest of the connection is body.
+    pub(super) const UNTIL_CLOSE: u8 = 32;
+    pub(super) const LOST: u8 = 33;
+    /// Only within a step: see [`super::reject`].
+    pub(super) const REJECTED: u8 = 34;
+}
+
+/// Fields of interest ([`Stream::field`]).
+mod field {
+    pub(super) const NONE: u8 = 0;
+    pub(super) const CONNECTION: u8 = 1;
+    pub(super) const CONTENT_LENGTH: u8 = 2;
+    pub(super) const TRANSFER_ENCODING: u8 = 3;
+    pub(super) const KEEP_ALIVE: u8 = 4;
+    pub(super) const UPGRADE: u8 = 5;
+}
+
+/// What the head in progress said about its body, and about an upgrade ([`Stream::framing`]).
+mod framing {
+    /// A `Connection` field was seen.
+    pub(super) const CONNECTION: u8 = 1 << 0;
+    /// A valid `Content-Length` was seen.
+    pub(super) const LENGTH: u8 = 1 << 1;
+    /// A malformed or conflicting one was.
+    pub(super) const LENGTH_BAD: u8 = 1 << 2;
+    /// A `Transfer-Encoding` was seen.
+    pub(super) const CODED: u8 = 1 << 3;
+    /// Its last coding is `chunked`.
+    pub(super) const CHUNKED: u8 = 1 << 4;
+    pub(super) const WEBSOCKET: u8 = 1 << 5;
+    pub(super) const H2C: u8 = 1 << 6;
+}
+
+/// Bits of [`Stream::marks`].
+mod mark {
+    /// `next` is set.
+    pub(super) const SYNCED: u8 = 1 << 0;
+    /// Found by [`phase::HUNT`], and the start line is not whole yet.
+    pub(super) const PROVISIONAL: u8 = 1 << 1;
+    /// White space was seen behind the current list element: another byte makes it unknown.
+    pub(super) const GAP: u8 = 1 << 2;
+}
+
+/// Words that a name or a list element begins with ([`Stream::part`]); what follows is in `Stream::word`.
+mod part {
+    pub(super) const NONE: u8 = 0;
+    pub(super) const CONNECTI: u8 = 1;
+    pub(super) const CONTENT: u8 = 2;
+    pub(super) const TRANSFER: u8 = 3;
+    pub(super) const TRANSFER_ENCODIN: u8 = 4;
+    pub(super) const KEEP_ALI: u8 = 5;
+    pub(super) const WEBSOCKE: u8 = 6;
+    /// Parameters of `Keep-Alive`: `word` is the number behind the `=`.
+    pub(super) const TIMEOUT: u8 = 7;
+    pub(super) const MAX: u8 = 8;
+    pub(super) const OTHER: u8 = 9;
+}
+
+/// `Stream::count` of a list element that cannot be any known one.
+const SPOILED: u8 = u8::MAX;
+
+/// The parse state of one direction. All zero is its valid initial state.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "bpf"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Stream {
+    /// In a body: bytes to pass over. In a head: its `Content-Length`. In a method: its bytes 8 to 15.
+    length: u64,
+    /// The name, list element or number that is being collected, and the first bytes of a method.
+    word: u64,
+    /// Held by the program that scans this direction, for [`enter`] to [`leave`]: ingress can run on two CPUs at once.
+    pub busy: u32,
+    /// Sequence number of the first byte that has not been looked at.
+    next: u32,
+    /// Position in the current segment, and its length.
+    at: u32,
+    len: u32,
+    /// Where in the segment the window begins, and how much of it is filled.
+    window_at: u32,
+    window_len: u32,
+    /// Bytes of the head in progress.
+    head: u32,
+    status: u16,
+    phase: u8,
+    kind: u8,
+    field: u8,
+    /// Bytes or digits collected.
+    count: u8,
+    part: u8,
+    /// `Connection` tokens of the head in progress.
+    tokens: u8,
+    framing: u8,
+    marks: u8,
+    version: u8,
+    /// Set by [`miss`], on another CPU than the one that holds `busy`.
+    missed: u8,
+}
+
+/// The scanner's state of one connection. It lives in socket storage; all zero is its valid initial state.
+///
+/// The two directions of a connection may be scanned at once. Each writes its own [`Stream`]; what they share is either
+/// changed atomically (`exchange.flags`), or is written by one direction alone unless requests are pipelined.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "bpf"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Http {
+    /// The verdict, right at any moment.
+    pub exchange: Exchange,
+    /// [`INGRESS`], [`EGRESS`].
+    pub streams: [Stream; 2],
+    /// Whether a request is a `HEAD`, by its number modulo 64.
+    heads: u64,
+    /// Request heads begun; of them those whose method is known; of those begun the ones that were answered.
+    begun: u32,
+    named: u32,
+    answered: u32,
+    /// Not 0: nothing in this connection can change the verdict any more; [`enter`] returns at once.
+    pub stopped: u8,
+    /// Not 0: the target is kept with its query string. To be set before the first segment.
+    pub full_target: u8,
+    /// The last request is a `CONNECT`.
+    connect: u8,
+    /// The role was told, not found.
+    told: u8,
+}
+const _: () = assert!(size_of::<Stream>() == 56);
+const _: () = assert!(size_of::<Http>() == 248);
+
+impl Http {
+    /// The initial state.
+    pub const ZERO: Self = {
+        // SAFETY: every field is an integer, for which zero is a value.
+        unsafe { core::mem::zeroed() }
+    };
+}
+
+/// Says which direction carries requests, where that is known: `role` is one of [`crate::role`].
+#[inline(always)]
+pub fn role(http: &mut Http, role: u8) {
+    if role == crate::role::CLIENT {
+        http.told = 1;
+        decide(http, EGRESS, kind::REQUESTS);
+    } else if role == crate::role::SERVER {
+        http.told = 1;
+        decide(http, INGRESS, kind::REQUESTS);
+    }
+}
+
+/// Says where the payload of a direction begins. Without it, it begins with the first segment seen.
+#[inline(always)]
+pub fn sync<const D: usize>(http: &mut Http, next: u32) {
+    let s = stream(http, D);
+    if s.marks & mark::SYNCED == 0 {
+        s.marks |= mark::SYNCED;
+        s.next = next;
+    }
+}
+
+/// Says that the connection is older than the programs: what comes first may be the middle of a message.
+///
+/// Each direction is then ignored until a segment begins like a head: with a known method and a space, and in the other
+/// direction, once a request was found, with `HTTP/1.`. What remains is the risk that a segment of a *body* begins so and
+/// has a whole valid start line; and that with pipelining the first response found answers an earlier request.
+#[inline(always)]
+pub fn mid_stream(http: &mut Http) {
+    for s in &mut http.streams {
+        if s.phase == phase::START && s.marks & mark::SYNCED == 0 {
+            s.phase = phase::HUNT;
+        }
+    }
+}
+
+/// Gives a direction up: something of it was missed.
+#[inline(always)]
+pub fn lose<const D: usize>(http: &mut Http) {
+    lose_direction(http, D);
+}
+
+/// [`lose`] for a program that finds `busy` held by another CPU: the verdict says so at once, the scan stops soon.
+#[inline(always)]
+pub fn miss<const D: usize>(http: &mut Http) {
+    stream(http, D).missed = 1;
+    let kind = stream(http, D).kind;
+    flag_lost(http, kind);
+}
+
+/// Takes a segment: sequence number and number of its payload bytes. Whether they must be looked at: then [`step`] is
+/// to be called until it returns false, at most [`MAX_STEPS`] times, with a window filled whenever [`refill`] says so;
+/// then [`leave`].
+#[inline(always)]
+pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
+    if http.stopped != 0 || len == 0 {
+        return false;
+    }
+    if http.exchange.protocol == protocol::NONE {
+        http.exchange.protocol = protocol::UNDECIDED;
+    }
+    let s = stream(http, D);
+    if s.phase >= phase::UNTIL_CLOSE {
+        return false;
+    }
+    if s.missed != 0 {
+        lose_direction(http, D);
+        return false;
+    }
+    if s.marks & mark::SYNCED == 0 || s.phase == phase::HUNT {
+        s.next = seq;
+        s.marks |= mark::SYNCED;
+    }
+    let ahead = seq.wrapping_sub(s.next) as i32;
+    let fresh = ahead.wrapping_add(len as i32);
+    if fresh <= 0 {
+        return false;
+    }
+    let mut at = 0;
+    if ahead <= 0 {
+        at = ahead.unsigned_abs();
+    }
+    if s.phase == phase::BODY || s.phase == phase::CHUNK_DATA {
+        // A gap in a body is harmless: whatever the missing bytes are, they are passed over.
+        if s.length >= fresh as u64 {
+            s.length -= fresh as u64;
+            s.next = s.next.wrapping_add(fresh as u32);
+            if s.length == 0 {
+                end_data(http, D);
+            }
+            return false;
+        }
+        if ahead > 0 {
+            if s.length < ahead as u64 {
+                lose_direction(http, D);
+                return false;
+            }
+            s.length -= ahead as u64;
+        }
+    } else if ahead > 0 || s.phase >= phase::UNFRAMED {
+        lose_direction(http, D);
+        return false;
+    }
+    s.next = seq.wrapping_add(len);
+    s.at = at;
+    s.len = len;
+    s.window_at = at;
+    s.window_len = 0;
+    true
+}
+
+/// Ends what [`enter`] began: `finished` is false if there were not enough steps, or a window could not be filled.
+#[inline(always)]
+pub fn leave<const D: usize>(http: &mut Http, finished: bool) {
+    if !finished || stream(http, D).missed != 0 {
+        lose_direction(http, D);
+    }
+}
+
+/// Whether the window must be filled before the next [`step`]: from which byte of the segment, and with how many bytes
+/// (1 to [`WINDOW`]).
+#[inline(always)]
+pub fn refill<const D: usize>(http: &mut Http) -> Option<(u32, u32)> {
+    let s = stream(http, D);
+    let position = s.at.wrapping_sub(s.window_at);
+    if position <= LAST_POSITION && position < s.window_len {
+        return None;
+    }
+    let mut n = s.len.wrapping_sub(s.at);
+    if n > WINDOW as u32 {
+        n = WINDOW as u32;
+    }
+    s.window_at = s.at;
+    s.window_len = n;
+    Some((s.at, n))
+}
+
+/// Looks at some bytes of the segment; false: it is done with.
+///
+/// # Safety
+/// `window` is valid for reads of [`WINDOW`] bytes, all initialised, filled as [`refill`] has said.
+#[inline(always)]
+pub unsafe fn step<const D: usize>(http: &mut Http, window: *const u64) -> bool {
+    let first = stream(http, D).phase;
+    let here = Window::at::<D>(http, window);
+    let used = if first == phase::START {
+        start::<D>(http, &here)
+    } else if first == phase::VALUE {
+        value::<D>(http, &here)
+    } else if first == phase::BODY || first == phase::CHUNK_DATA {
+        data::<D>(http)
+    } else if first != phase::LINE && first != phase::TARGET && first != phase::VERSION {
+        rare::<D>(http, &here)
+    } else {
+        0
+    };
+    advance(http, D, used);
+    // What usually comes next, in the same step.
+    let here = Window::at::<D>(http, window);
+    if stream(http, D).phase == phase::TARGET && here.reaches() {
+        let used = target::<D>(http, &here);
+        advance(http, D, used);
+    }
+    let here = Window::at::<D>(http, window);
+    if stream(http, D).phase == phase::VERSION && here.reaches() {
+        let used = request_version::<D>(http, &here);
+        advance(http, D, used);
+    }
+    lines::<D>(http, window);
+    let s = stream(http, D);
+    if s.phase >= phase::METHOD && s.phase <= phase::SKIP && s.head > MAX_HEAD {
+        s.phase = phase::REJECTED;
+    }
+    if s.phase == phase::REJECTED {
+        reject(http, D);
+    }
+    let s = stream(http, D);
+    s.at < s.len && s.phase < phase::UNTIL_CLOSE && http.stopped == 0
+}
+
+/// A line of the head, if the stream is at one.
+#[inline(always)]
+fn lines<const D: usize>(http: &mut Http, window: *const u64) {
+    let here = Window::at::<D>(http, window);
+    if stream(http, D).phase == phase::LINE && here.reaches() {
+        let used = line::<D>(http, &here);
+        advance(http, D, used);
+    }
+    let here = Window::at::<D>(http, window);
+    let phase = stream(http, D).phase;
+    if matches!(phase, phase::SKIP | phase::REASON | phase::TRAILER_SKIP | phase::CHUNK_EXT) && here.reaches() {
+        let (n, found) = here.find::<true>();
+        advance(http, D, n);
+        if found {
+            end_line::<D>(http);
+        }
+    }
+}
+
+/// Moves on by `used` bytes. Through memory, even within a step: the verifier forgets there what it knows of the number,
+/// and so takes the many ways that lead here for one.
+#[inline(always)]
+fn advance(http: &mut Http, direction: usize, used: u32) {
+    let s = stream(http, direction);
+    s.head = s.head.wrapping_add(used);
+    let at = &raw mut s.at;
+    // SAFETY: a field of `s`.
+    unsafe { at.write_volatile(at.read_volatile().wrapping_add(used)) };
+}
+
+/// The bytes at hand.
+struct Window {
+    words: *const u64,
+    position: u64,
+    /// Bytes from the position on that are filled.
+    left: u32,
+}
+
+impl Window {
+    /// The window, at the place that the stream is at.
+    #[inline(always)]
+    fn at<const D: usize>(http: &mut Http, words: *const u64) -> Self {
+        let s = stream(http, D);
+        // SAFETY: a field of `s`.
+        let at = unsafe { (&raw const s.at).read_volatile() };
+        let position = at.wrapping_sub(s.window_at);
+        Self { words, position: u64::from(position), left: s.window_len.wrapping_sub(position) }
+    }
+
+    /// Whether there are bytes left, at a place that may be looked at.
+    #[inline(always)]
+    fn reaches(&self) -> bool {
+        self.left as i32 > 0 && self.position <= u64::from(LAST_POSITION)
+    }
+
+    /// The byte at the position.
+    #[inline(always)]
+    fn byte(&self) -> u8 {
+        // SAFETY: the offset is at most 127; `step` has been given `WINDOW` (192) bytes.
+        unsafe { *(self.words as *const u8).add(clamp::<{ LAST_POSITION as i32 }>(self.position) as usize) }
+    }
+
+    /// The word `n` words behind the one that holds the position.
+    #[inline(always)]
+    fn aligned(&self, n: usize) -> u64 {
+        // SAFETY: the index is at most 15 + `n`, and no caller passes an `n` above 8: 23 of 0..=23.
+        unsafe { *self.words.add(clamp::<INDEX_MASK>(self.position >> 3) as usize).add(n) }
+    }
+
+    /// The 8 bytes that begin `n` words behind the position. Put together from aligned words: the verifier allows no
+    /// other reads of the stack.
+    #[inline(always)]
+    fn word(&self, n: usize) -> u64 {
+        let shift = (self.position & 7) * 8;
+        // Shifting by 64 is undefined, so the second shift is made in two.
+        self.aligned(n) >> shift | self.aligned(n + 1) << 1 << (63 - shift)
+    }
+
+    /// Finds the next LF, or else (`!LF`) the next byte up to SP, in the bytes at the position: the bytes that
+    /// are passed, the found one included, and whether it was found.
+    #[inline(always)]
+    fn find<const LF: bool>(&self) -> (u32, bool) {
+        let left = self.left;
+        if LF && self.position == 0 && left == WINDOW as u32 && self.has_no_lf() {
+            return (left, false);
+        }
+        let inside = self.position as u32 & 7;
+        let mut n = 64 - inside;
+        let mut found = false;
+        // Bytes before the position can never match: all ones.
+        let before = (1u64 << (inside * 8)).wrapping_sub(1);
+        macro_rules! words {
+            ($($i:literal)*) => { 'search: { $(
+                let mut word = self.aligned($i);
+                if $i == 0 {
+                    word |= before;
+                }
+                let hit = if LF { equal(word, b'\n') } else { below(word, b' ' + 1) };
+                if hit != 0 {
+                    n = $i * 8 + first(hit) - inside + 1;
+                    found = true;
+                    break 'search;
+                }
+            )* } };
+        }
+        words!(0 1 2 3 4 5 6 7);
+        if n > left { (left, false) } else { (n, found) }
+    }
+
+    /// Whether the whole window is ASCII without a LF (it may deny it wrongly).
+    #[inline(always)]
+    fn has_no_lf(&self) -> bool {
+        let mut any = 0;
+        macro_rules! words {
+            ($($i:literal)*) => { $(
+                // SAFETY: one of the 24 words.
+                any |= (unsafe { *self.words.add($i) } ^ (ONES * 10)).wrapping_sub(ONES);
+            )* };
+        }
+        words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
+        any & (ONES * 0x80) == 0
+    }
+}
+
+/// Bounds `x`, and keeps LLVM from finding out that the bound is superfluous: the verifier does not.
+#[inline(always)]
+pub fn clamp<const MASK: i32>(x: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut x = x;
+        // SAFETY: a single `and` of a register and a constant.
+        unsafe { core::arch::asm!("{0} &= {1}", inout(reg) x, const MASK, options(pure, nomem, nostack)) };
+        x
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        x & MASK as u64
+    }
+}
+
+const ONES: u64 = u64::MAX / 255;
+
+/// A word whose lowest set bit is the highest of the first byte of `word` that is `byte`; 0: there is none.
+#[inline(always)]
+fn equal(word: u64, byte: u8) -> u64 {
+    let x = word ^ (ONES * u64::from(byte));
+    x.wrapping_sub(ONES) & !x & (ONES * 0x80)
+}
+
+/// Likewise of the first byte that is less than `limit` (at most 128).
+#[inline(always)]
+fn below(word: u64, limit: u8) -> u64 {
+    word.wrapping_sub(ONES * u64::from(limit)) & !word & (ONES * 0x80)
+}
+
+/// The number of the byte that [`equal`] or [`below`] has found.
+#[inline(always)]
+fn first(hit: u64) -> u32 {
+    // BPF has no instruction that counts zeros. The product's highest byte is the byte of the constant that the bit
+    // selects.
+    (((hit & hit.wrapping_neg()) >> 7).wrapping_mul(0x0001_0203_0405_0607) >> 56) as u32
+}
+
+/// Up to 8 bytes as the little-endian word that they are in memory.
+const fn word_of(bytes: &[u8]) -> u64 {
+    let mut word = 0;
+    let mut i = 0;
+    while i < bytes.len() {
+        word |= (bytes[i] as u64) << (8 * i);
+        i += 1;
+    }
+    word
+}
+
+/// The bits that make letters of such a word lower case, and no other byte another.
+const fn case_of(bytes: &[u8]) -> u64 {
+    let mut word = 0;
+    let mut i = 0;
+    while i < bytes.len() {
+        if bytes[i].is_ascii_lowercase() {
+            word |= 0x20 << (8 * i);
+        }
+        i += 1;
+    }
+    word
+}
+
+/// Whether the first bytes of `word` are `$text` (in lower case), in any case.
+macro_rules! begins {
+    ($word:expr, $text:literal) => {{
+        const WORD: u64 = word_of($text);
+        const CASE: u64 = case_of($text);
+        const MASK: u64 = u64::MAX >> (64 - 8 * $text.len());
+        ($word | CASE) & MASK == WORD
+    }};
+}
+
+#[inline(always)]
+fn lower(byte: u8) -> u8 {
+    if byte.wrapping_sub(b'A') < 26 { byte | 0x20 } else { byte }
+}
+
+#[inline(always)]
+fn is_blank(byte: u8) -> bool {
+    byte == b' ' || byte == b'\t'
+}
+
+/// `tchar` of RFC 9110 §5.6.2.
+#[inline(always)]
+fn is_tchar(byte: u8) -> bool {
+    const fn half(from: u8) -> u64 {
+        let mut bits = 0;
+        let mut i = 0;
+        while i < 64 {
+            let byte = from + i;
+            if byte.is_ascii_alphanumeric()
+                || matches!(
+                    byte,
+                    b'!' | b'#'
+                        | b'$'
+                        | b'%'
+                        | b'&'
+                        | b'\''
+                        | b'*'
+                        | b'+'
+                        | b'-'
+                        | b'.'
+                        | b'^'
+                        | b'_'
+                        | b'`'
+                        | b'|'
+                        | b'~'
+                )
+            {
+                bits |= 1 << i;
+            }
+            i += 1;
+        }
+        bits
+    }
+    const LOW: u64 = half(0);
+    const HIGH: u64 = half(64);
+    let half = if byte & 64 == 0 { LOW } else { HIGH };
+    byte < 128 && half >> (byte & 63) & 1 != 0
+}
+
+#[inline(always)]
+fn stream(http: &mut Http, direction: usize) -> &mut Stream {
+    let [ingress, egress] = &mut http.streams;
+    if direction == INGRESS { ingress } else { egress }
+}
+
+const _: () = assert!(core::mem::offset_of!(Exchange, flags) == 16);
+
+/// Sets flags, so that what the other direction changes at the same time is not undone.
+#[inline(always)]
+fn set(http: &mut Http, bits: u16) {
+    if http.exchange.flags & bits == bits {
+        return;
+    }
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: the aligned word that has `flags` as its low half. (The target has no such atomics but in assembly.)
+    unsafe {
+        core::arch::asm!("lock *(u32 *)({0} + 16) |= {1}", in(reg) http as *mut Http, in(wreg) bits as u32, options(nostack));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        http.exchange.flags |= bits;
+    }
+}
+
+/// Clears flags, likewise.
+#[inline(always)]
+fn clear(http: &mut Http, bits: u16) {
+    if http.exchange.flags & bits == 0 {
+        return;
+    }
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: as in `set`.
+    unsafe {
+        core::arch::asm!("lock *(u32 *)({0} + 16) &= {1}", in(reg) http as *mut Http, in(wreg) !(bits as u32), options(nostack));
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        http.exchange.flags &= !bits;
+    }
+}
+
+#[inline(always)]
+fn flag_lost(http: &mut Http, kind: u8) {
+    if kind == kind::REQUESTS {
+        set(http, bit::REQUESTS_LOST);
+    } else if kind == kind::RESPONSES {
+        set(http, bit::RESPONSES_LOST);
+    }
+}
+
+/// Fixes what both directions carry, once.
+#[inline(always)]
+fn decide(http: &mut Http, direction: usize, kind: u8) {
+    if stream(http, direction).kind != kind::UNKNOWN {
+        return;
+    }
+    let other = kind::REQUESTS + kind::RESPONSES - kind;
+    stream(http, direction).kind = kind;
+    stream(http, 1 - direction).kind = other;
+    if stream(http, direction).phase == phase::LOST {
+        flag_lost(http, kind);
+    }
+    if stream(http, 1 - direction).phase == phase::LOST {
+        flag_lost(http, other);
+    }
+}
+
+#[inline(always)]
+fn lose_direction(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    let kind = s.kind;
+    s.phase = phase::LOST;
+    flag_lost(http, kind);
+    if kind == kind::REQUESTS {
+        // There may have been further requests, so what is known of a whole head is not known of the last one.
+        if http.exchange.request_connection & token::COMPLETE != 0 {
+            http.exchange.request_connection = 0;
+        }
+    } else if kind == kind::RESPONSES {
+        // A response head that was seen stays: it answers the last request, or that one would have cleared it.
+        clear(http, bit::BODY_INCOMPLETE);
+    }
+}
+
+/// Ends the scan of the connection.
+#[inline(always)]
+fn stop(http: &mut Http, protocol: u8) {
+    http.exchange.protocol = protocol;
+    http.stopped = 1;
+}
+
+/// What is at the place of a start line is none: [`step`] draws the conclusion, in one place.
+#[inline(always)]
+fn not_http(http: &mut Http, direction: usize) {
+    stream(http, direction).phase = phase::REJECTED;
+}
+
+/// The conclusion: this is not HTTP, or no longer.
+#[inline(never)]
+fn reject(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    if s.marks & mark::PROVISIONAL != 0 {
+        s.marks &= !mark::PROVISIONAL;
+        s.phase = phase::HUNT;
+        // The rest of the segment is of no interest.
+        s.window_at = s.len;
+        s.at = s.len;
+        if s.kind == kind::REQUESTS {
+            forget(http);
+            http.begun = 0;
+            http.named = 0;
+            if http.told == 0 {
+                http.streams[INGRESS].kind = kind::UNKNOWN;
+                http.streams[EGRESS].kind = kind::UNKNOWN;
+            }
+        }
+    } else if http.exchange.protocol <= protocol::UNDECIDED {
+        forget(http);
+        stop(http, protocol::OTHER);
+    } else {
+        lose_direction(http, direction);
+    }
+}
+
+/// Clears the last exchange. Not inlined, for the size of the programs.
+#[inline(never)]
+fn forget(http: &mut Http) {
+    let e = &mut http.exchange;
+    e.keep_alive_timeout_s = 0;
+    e.keep_alive_max = 0;
+    e.status = 0;
+    e.request_connection = 0;
+    e.response_connection = 0;
+    e.request_version = 0;
+    e.response_version = 0;
+    e.method_len = 0;
+    e.target_len = 0;
+    let words = exchange_words(http);
+    // SAFETY: words 4 to 13 of the exchange are `method` and `target`. Volatile, or it becomes a loop over bytes.
+    unsafe {
+        words.add(4).write_volatile(0);
+        words.add(5).write_volatile(0);
+        words.add(6).write_volatile(0);
+        words.add(7).write_volatile(0);
+        words.add(8).write_volatile(0);
+        words.add(9).write_volatile(0);
+        words.add(10).write_volatile(0);
+        words.add(11).write_volatile(0);
+        words.add(12).write_volatile(0);
+        words.add(13).write_volatile(0);
+    }
+    clear(http, bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::TARGET_TRUNCATED | bit::HAS_TIMEOUT | bit::HAS_MAX);
+}
+
+/// The exchange as words: it is the first member of `Http`, which is aligned to 8 bytes.
+#[inline(always)]
+fn exchange_words(http: &mut Http) -> *mut u64 {
+    const _: () = assert!(core::mem::offset_of!(Http, exchange) == 0 && align_of::<Http>() == 8);
+    const _: () =
+        assert!(core::mem::offset_of!(Exchange, method) == 32 && core::mem::offset_of!(Exchange, target) == 48);
+    (http as *mut Http).cast()
+}
+
+/// Readies a stream for a new head.
+#[inline(always)]
+fn begin_head(s: &mut Stream) {
+    s.head = 0;
+    s.length = 0;
+    s.word = 0;
+    s.count = 0;
+    s.part = part::NONE;
+    s.field = field::NONE;
+    s.tokens = 0;
+    s.framing = 0;
+    s.status = 0;
+    s.version = 0;
+}
+
+#[inline(always)]
+fn begin_request(http: &mut Http, direction: usize) {
+    decide(http, direction, kind::REQUESTS);
+    begin_head(stream(http, direction));
+    http.begun = http.begun.wrapping_add(1);
+    forget(http);
+}
+
+#[inline(always)]
+fn begin_response(http: &mut Http, direction: usize) {
+    decide(http, direction, kind::RESPONSES);
+    begin_head(stream(http, direction));
+}
+
+/// The method is whole.
+#[inline(always)]
+fn end_method(http: &mut Http, direction: usize, word: u64, more: u64, len: u8) {
+    let words = exchange_words(http);
+    // SAFETY: words 4 and 5 of the exchange are `method`.
+    unsafe {
+        *words.add(4) = word;
+        *words.add(5) = more;
+    }
+    http.exchange.method_len = len;
+    let mask = 1u64 << (http.begun.wrapping_sub(1) & 63);
+    http.heads &= !mask;
+    if word == word_of(b"HEAD") {
+        http.heads |= mask;
+    }
+    http.connect = u8::from(word == word_of(b"CONNECT"));
+    http.named = http.begun;
+    if http.begun.wrapping_sub(http.answered) > MAX_OUTSTANDING {
+        lose_direction(http, 1 - direction);
+    }
+    let s = stream(http, direction);
+    s.phase = phase::TARGET;
+    s.count = 0;
+    s.length = 0;
+}
+
+/// The start line of a request is whole.
+#[inline(always)]
+fn end_request_line(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    s.phase = phase::LINE;
+    s.marks &= !mark::PROVISIONAL;
+    http.exchange.request_version = s.version;
+    http.exchange.protocol = protocol::HTTP1;
+    let side = if direction == INGRESS { bit::REQUESTS_IN } else { bit::REQUESTS_OUT };
+    set(http, bit::HAS_REQUEST | side);
+}
+
+/// Whether the response in progress is a final one, to the last request.
+#[inline(always)]
+fn answers(http: &Http, status: u16) -> bool {
+    (status >= 200 || status == 101) && http.answered.wrapping_add(1) >= http.begun
+}
+
+/// The status line is whole.
+#[inline(always)]
+fn end_status_line(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    s.phase = phase::LINE;
+    s.marks &= !mark::PROVISIONAL;
+    let (status, version) = (s.status, s.version);
+    http.exchange.protocol = protocol::HTTP1;
+    let mut bits = if direction == INGRESS { bit::REQUESTS_OUT } else { bit::REQUESTS_IN };
+    if answers(http, status) {
+        let e = &mut http.exchange;
+        e.status = status;
+        e.response_version = version;
+        e.response_connection = 0;
+        e.keep_alive_timeout_s = 0;
+        e.keep_alive_max = 0;
+        clear(http, bit::HAS_TIMEOUT | bit::HAS_MAX);
+        bits |= bit::HAS_RESPONSE;
+    }
+    set(http, bits);
+}
+
+/// Bytes of the method that `word` begins with, if it is one of the common ones and followed by SP; else 0.
+#[inline(always)]
+fn known_method(word: u64) -> u32 {
+    const fn starts(word: u64, text: &[u8]) -> bool {
+        word & (u64::MAX >> (64 - 8 * text.len())) == word_of(text)
+    }
+    if starts(word, b"GET ") || starts(word, b"PUT ") {
+        3
+    } else if starts(word, b"POST ") || starts(word, b"HEAD ") {
+        4
+    } else if starts(word, b"PATCH ") || starts(word, b"TRACE ") {
+        5
+    } else if starts(word, b"DELETE ") {
+        6
+    } else if starts(word, b"OPTIONS ") || starts(word, b"CONNECT ") {
+        7
+    } else {
+        0
+    }
+}
+
+/// A step in a start line: the bytes used.
+#[inline(always)]
+fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32 {
+    let s = stream(http, D);
+    match s.phase {
+        phase::TARGET_REST => {
+            let (n, found) = window.find::<false>();
+            // The byte that ended the search is looked at by itself.
+            if !found {
+                return n;
+            }
+            if n > 1 {
+                return n - 1;
+            }
+            end_target::<D>(http, byte);
+            1
+        }
+        phase::VERSION_END | phase::VERSION_LF => {
+            if byte == b'\n' {
+                end_request_line(http, D);
+            } else if byte == b'\r' && s.phase == phase::VERSION_END {
+                s.phase = phase::VERSION_LF;
+            } else {
+                not_http(http, D);
+            }
+            1
+        }
+        phase::METHOD => {
+            method_byte::<D>(http, byte);
+            1
+        }
+        phase::STATUS_VERSION => version::<D>(http, byte, phase::STATUS_SP),
+        phase::STATUS_SP => {
+            if byte == b' ' {
+                s.phase = phase::STATUS_CODE;
+                s.count = 0;
+            } else {
+                not_http(http, D);
+            }
+            1
+        }
+        phase::STATUS_CODE => {
+            let digit = byte.wrapping_sub(b'0');
+            if digit > 9 || s.count == 0 && digit == 0 {
+                not_http(http, D);
+                return 1;
+            }
+            s.status = s.status.wrapping_mul(10).wrapping_add(u16::from(digit));
+            s.count += 1;
+            if s.count == 3 {
+                s.phase = phase::STATUS_END;
+            }
+            1
+        }
+        phase::STATUS_END => {
+            if byte == b' ' || byte == b'\r' {
+                s.phase = phase::REASON;
+            } else if byte == b'\n' {
+                end_status_line(http, D);
+            } else {
+                not_http(http, D);
+            }
+            1
+        }
+        phase::START_H => {
+            // The kind may have been decided by the other direction since.
+            if s.kind == kind::RESPONSES || s.kind == kind::UNKNOWN && byte == b'T' {
+                begin_response(http, D);
+                let s = stream(http, D);
+                s.phase = phase::STATUS_VERSION;
+                s.count = 1;
+                version::<D>(http, byte, phase::STATUS_SP)
+            } else {
+                begin_request(http, D);
+                let s = stream(http, D);
+                s.phase = phase::METHOD;
+                s.word = u64::from(b'H');
+                s.count = 1;
+                method_byte::<D>(http, byte);
+                1
+            }
+        }
+        phase::TLS_MAJOR => {
+            if byte == 3 {
+                s.phase = phase::TLS_MINOR;
+            } else {
+                not_http(http, D);
+            }
+            1
+        }
+        _ => {
+            if byte <= 4 {
+                stop(http, protocol::TLS);
+            } else {
+                not_http(http, D);
+            }
+            1
+        }
+    }
+}
+
+/// The rest of the start line of a request, behind its target.
+#[inline(always)]
+fn request_version<const D: usize>(http: &mut Http, window: &Window) -> u32 {
+    let left = window.left;
+    let s = stream(http, D);
+    if s.count == 0 && left >= 10 {
+        let (word, end) = (window.word(0), window.word(1));
+        if word & !(1 << 56) == word_of(b"HTTP/1.0") && begins!(end, b"\r\n") {
+            s.version = 10 + (word >> 56 & 1) as u8;
+            end_request_line(http, D);
+            return 10;
+        }
+    }
+    version::<D>(http, window.byte(), phase::VERSION_END)
+}
+
+/// At the first byte of a head, or before it.
+#[inline(always)]
+fn start<const D: usize>(http: &mut Http, window: &Window) -> u32 {
+    let left = window.left;
+    let byte = window.byte();
+    let undecided = http.exchange.protocol <= protocol::UNDECIDED;
+    let s = stream(http, D);
+    if byte == 0x16 && undecided && s.marks & mark::PROVISIONAL == 0 {
+        s.phase = phase::TLS_MAJOR;
+        return 1;
+    }
+    if s.kind == kind::RESPONSES {
+        begin_response(http, D);
+        let s = stream(http, D);
+        if left >= 13 {
+            let (word, more) = (window.word(0), window.word(1));
+            // " 200" and what follows: SP, or the end of the line.
+            let digits = more >> 8 & 0xff_ffff;
+            let (a, b, c) = (digits & 0xff, digits >> 8 & 0xff, digits >> 16);
+            let decimal = a.wrapping_sub(u64::from(b'1')) < 9
+                && b.wrapping_sub(u64::from(b'0')) < 10
+                && c.wrapping_sub(u64::from(b'0')) < 10;
+            let end = (more >> 32) as u8;
+            if word & !(1 << 56) == word_of(b"HTTP/1.0")
+                && more as u8 == b' '
+                && decimal
+                && (end == b' ' || end == b'\r')
+            {
+                s.version = 10 + (word >> 56 & 1) as u8;
+                s.status = (a * 100 + b * 10 + c).wrapping_sub(u64::from(b'0') * 111) as u16;
+                s.phase = phase::REASON;
+                return 13;
+            }
+        }
+        s.phase = phase::STATUS_VERSION;
+        return version::<D>(http, byte, phase::STATUS_SP);
+    }
+    if byte == b'\r' || byte == b'\n' {
+        // RFC 9112 §2.2: an empty line before a request is ignored.
+        return 1;
+    }
+    let word = window.word(0);
+    let len = if left >= 8 { known_method(word) } else { 0 };
+    if len == 0 && byte == b'H' && s.kind == kind::UNKNOWN {
+        s.phase = phase::START_H;
+        return 1;
+    }
+    begin_request(http, D);
+    if len != 0 {
+        end_method(http, D, word & (u64::MAX >> ((8 - len) * 8)), 0, len as u8);
+        return len + 1;
+    }
+    stream(http, D).phase = phase::METHOD;
+    method_byte::<D>(http, byte);
+    1
+}
+
+#[inline(always)]
+fn method_byte<const D: usize>(http: &mut Http, byte: u8) {
+    let s = stream(http, D);
+    let count = s.count;
+    if byte == b' ' && count != 0 {
+        let (word, more) = (s.word, s.length);
+        end_method(http, D, word, more, count);
+    } else if is_tchar(byte) && count < METHOD as u8 {
+        let placed = u64::from(byte) << ((count & 7) * 8);
+        if count < 8 {
+            s.word |= placed;
+        } else {
+            s.length |= placed;
+        }
+        s.count = count + 1;
+    } else {
+        not_http(http, D);
+    }
+}
+
+#[inline(always)]
+fn target<const D: usize>(http: &mut Http, window: &Window) -> u32 {
+    let left = window.left;
+    let byte = window.byte();
+    let len = http.exchange.target_len;
+    let full = http.full_target != 0;
+    if len & 7 == 0 && len < TARGET as u8 && left >= 8 {
+        // Eight bytes at once, as far as they are kept.
+        let word = window.word(0);
+        let mut hit = below(word, b' ' + 1);
+        if !full {
+            hit |= equal(word, b'?') | equal(word, b'#');
+        }
+        // `hit` is exact up to the first match of each kind, hence up to the first of all.
+        let n = if hit == 0 { 8 } else { first(hit) };
+        if n != 0 {
+            let kept = word & (u64::MAX >> ((8 - n) * 8));
+            let words = exchange_words(http);
+            // SAFETY: words 6 to 13 of the exchange are `target`, and the index is at most 7.
+            unsafe { *words.add(6 + clamp::<7>(u64::from(len >> 3)) as usize) = kept };
+            http.exchange.target_len = len + n as u8;
+            if n < 8 && (word >> (n * 8)) as u8 == b' ' {
+                end_target::<D>(http, b' ');
+                return n + 1;
+            }
+            return n;
+        }
+    }
+    if byte <= b' ' {
+        end_target::<D>(http, byte);
+    } else if !full && (byte == b'?' || byte == b'#') {
+        let s = stream(http, D);
+        // Something of the target was there, if not a byte that is kept.
+        s.count = 1;
+        s.phase = phase::TARGET_REST;
+    } else if len < TARGET as u8 {
+        // SAFETY: the index is at most 63.
+        unsafe { *http.exchange.target.as_mut_ptr().add(clamp::<63>(u64::from(len)) as usize) = byte };
+        http.exchange.target_len = len + 1;
+    } else {
+        set(http, bit::TARGET_TRUNCATED);
+        stream(http, D).phase = phase::TARGET_REST;
+    }
+    1
+}
+
+/// Behind the last byte of the target.
+#[inline(always)]
+fn end_target<const D: usize>(http: &mut Http, byte: u8) {
+    let len = http.exchange.target_len;
+    let s = stream(http, D);
+    if byte != b' ' || len == 0 && s.count == 0 {
+        not_http(http, D);
+    } else {
+        s.phase = phase::VERSION;
+        s.count = 0;
+    }
+}
+
+/// A byte of `HTTP/1.0` or `HTTP/1.1`.
+#[inline(always)]
+fn version<const D: usize>(http: &mut Http, byte: u8, then: u8) -> u32 {
+    const NAME: u64 = word_of(b"HTTP/1.0");
+    let method = u8::from(
+        http.exchange.method_len == 3
+            && http.exchange.method[0] == b'P'
+            && http.exchange.method[1] == b'R'
+            && http.exchange.method[2] == b'I',
+    );
+    let s = stream(http, D);
+    let expected = (NAME >> ((s.count & 7) * 8)) as u8;
+    if s.count == 7 && (byte == b'0' || byte == b'1') {
+        s.version = 10 + (byte - b'0');
+        s.phase = then;
+    } else if s.count < 7 && byte == expected {
+        s.count += 1;
+    } else if s.count == 5 && byte == b'2' && method != 0 && then == phase::VERSION_END {
+        // `PRI` is reserved for the preface of HTTP/2 (RFC 9113 §11.6).
+        forget(http);
+        http.begun = http.begun.wrapping_sub(1);
+        stop(http, protocol::H2);
+    } else {
+        not_http(http, D);
+    }
+    1
+}
+
+/// A step at the first byte of a line of the head.
+#[inline(always)]
+fn line<const D: usize>(http: &mut Http, window: &Window) -> u32 {
+    let left = window.left;
+    let byte = window.byte();
+    let s = stream(http, D);
+    if is_blank(byte) {
+        // obs-fold (RFC 9112 §5.2): the value goes on, and the line break was white space.
+        s.phase = if s.field == field::NONE { phase::SKIP } else { phase::VALUE };
+        if s.count != 0 {
+            s.marks |= mark::GAP;
+        }
+        return 1;
+    }
+    if s.field != field::NONE {
+        end_element(http, D);
+        stream(http, D).field = field::NONE;
+    }
+    let s = stream(http, D);
+    if byte == b'\r' {
+        if left >= 2 && window.word(0) >> 8 & 0xff == u64::from(b'\n') {
+            end_head::<D>(http, 2);
+            return 2;
+        }
+        s.phase = phase::LINE_LF;
+        return 1;
+    }
+    if byte == b'\n' {
+        end_head::<D>(http, 1);
+        return 1;
+    }
+    let letter = byte | 0x20;
+    if letter != b'c' && letter != b'k' && letter != b't' && letter != b'u' {
+        s.phase = phase::SKIP;
+        return 0;
+    }
+    let (word, more) = (window.word(0), window.word(1));
+    // What lies beyond `left` is of an earlier window: each match must end before it.
+    let (name, len) = if begins!(word, b"connecti") && begins!(more, b"on:") {
+        (field::CONNECTION, 11)
+    } else if begins!(word, b"content-") && begins!(more, b"length:") {
+        (field::CONTENT_LENGTH, 15)
+    } else if begins!(word, b"transfer") && begins!(more, b"-encodin") && begins!(window.word(2), b"g:") {
+        (field::TRANSFER_ENCODING, 18)
+    } else if begins!(word, b"keep-ali") && begins!(more, b"ve:") {
+        (field::KEEP_ALIVE, 11)
+    } else if begins!(word, b"upgrade:") {
+        (field::UPGRADE, 8)
+    } else {
+        (field::NONE, 18)
+    };
+    if len <= left {
+        if name == field::NONE {
+            s.phase = phase::SKIP;
+            return 0;
+        }
+        begin_value(s, name);
+        return len;
+    }
+    // The line may be cut.
+    s.phase = phase::NAME;
+    s.word = 0;
+    s.count = 0;
+    s.part = part::NONE;
+    name_byte(s, byte);
+    1
+}
+
+/// A byte of a field name that may be one of interest: eight at a time they are compared and dropped.
+#[inline(always)]
+fn name_byte(s: &mut Stream, byte: u8) {
+    if byte == b'\n' {
+        s.phase = phase::LINE;
+        return;
+    }
+    if byte == b':' {
+        let name = match s.part {
+            part::CONNECTI if s.word == word_of(b"on") && s.count == 10 => field::CONNECTION,
+            part::CONTENT if s.word == word_of(b"length") && s.count == 14 => field::CONTENT_LENGTH,
+            part::TRANSFER_ENCODIN if s.word == word_of(b"g") && s.count == 17 => field::TRANSFER_ENCODING,
+            part::KEEP_ALI if s.word == word_of(b"ve") && s.count == 10 => field::KEEP_ALIVE,
+            part::NONE if s.word == word_of(b"upgrade") && s.count == 7 => field::UPGRADE,
+            _ => field::NONE,
+        };
+        begin_value(s, name);
+        return;
+    }
+    s.word |= u64::from(lower(byte)) << ((s.count & 7) * 8);
+    s.count += 1;
+    if s.count & 7 == 0 {
+        s.part = if s.count == 8 {
+            part_of(s.word)
+        } else if s.count == 16 && s.part == part::TRANSFER && s.word == word_of(b"-encodin") {
+            part::TRANSFER_ENCODIN
+        } else {
+            part::OTHER
+        };
+        s.word = 0;
+        if s.part == part::OTHER {
+            s.phase = phase::SKIP;
+        }
+    }
+}
+
+/// Which known name or token begins with these eight bytes.
+#[inline(always)]
+fn part_of(word: u64) -> u8 {
+    if word == word_of(b"connecti") {
+        part::CONNECTI
+    } else if word == word_of(b"content-") {
+        part::CONTENT
+    } else if word == word_of(b"transfer") {
+        part::TRANSFER
+    } else if word == word_of(b"keep-ali") {
+        part::KEEP_ALI
+    } else if word == word_of(b"websocke") {
+        part::WEBSOCKE
+    } else {
+        part::OTHER
+    }
+}
+
+/// Behind the colon.
+#[inline(always)]
+fn begin_value(s: &mut Stream, name: u8) {
+    s.word = 0;
+    s.count = 0;
+    s.part = part::NONE;
+    s.marks &= !mark::GAP;
+    s.phase = phase::SKIP;
+    s.field = field::NONE;
+    if name == field::NONE || s.kind == kind::REQUESTS && name >= field::KEEP_ALIVE {
+        return;
+    }
+    s.field = name;
+    s.phase = phase::VALUE;
+    if name == field::CONNECTION {
+        s.framing |= framing::CONNECTION;
+    } else if name == field::TRANSFER_ENCODING {
+        s.framing |= framing::CODED;
+    }
+}
+
+/// A step in the value of a field of interest.
+#[inline(always)]
+fn value<const D: usize>(http: &mut Http, window: &Window) -> u32 {
+    let left = window.left;
+    let byte = window.byte();
+    let s = stream(http, D);
+    if s.count == 0 && s.part == part::NONE && byte == b' ' {
+        // The common values, if they are the whole line and the next line does not continue them.
+        let (word, more) = (window.word(0), window.word(1));
+        if s.field == field::CONNECTION {
+            if left >= 9 && begins!(word, b" close\r\n") && !is_blank(more as u8) {
+                s.field = field::NONE;
+                s.phase = phase::LINE;
+                add_tokens(http, D, token::CLOSE);
+                return 8;
+            }
+            if left >= 14 && begins!(word, b" keep-al") && begins!(more, b"ive\r\n") && !is_blank((more >> 40) as u8) {
+                s.field = field::NONE;
+                s.phase = phase::LINE;
+                add_tokens(http, D, token::KEEP_ALIVE);
+                return 13;
+            }
+        } else if s.field == field::CONTENT_LENGTH {
+            // Seven digits at most behind the SP; `hit` marks the first byte that is none.
+            let digits = word >> 8 | more << 56;
+            let hit = !digits_in(digits) & (ONES * 0x80);
+            let n = if hit == 0 { 8 } else { first(hit) };
+            if n != 0 && n != 8 {
+                // Two bytes behind them, and one of the next line: at most bytes 8, 9, 10.
+                let shift = n * 8;
+                let tail = digits >> shift | more >> 8 << (64 - shift);
+                if left >= n + 4 && begins!(tail, b"\r\n") && !is_blank((tail >> 16) as u8) {
+                    s.word = decimal(digits << (64 - shift));
+                    s.count = n as u8;
+                    end_element(http, D);
+                    let s = stream(http, D);
+                    s.field = field::NONE;
+                    s.phase = phase::LINE;
+                    return n + 3;
+                }
+            }
+        }
+    }
+    match byte {
+        b'\n' => s.phase = phase::LINE,
+        b' ' | b'\t' | b'\r' => {
+            if s.count != 0 {
+                s.marks |= mark::GAP;
+            }
+        }
+        b',' => end_element(http, D),
+        _ => element_byte(s, byte),
+    }
+    1
+}
+
+/// 0x80 in each byte that is a digit.
+#[inline(always)]
+fn digits_in(word: u64) -> u64 {
+    let high = (word & (ONES * 0xf0)) ^ (ONES * 0x30);
+    let over = ((word & (ONES * 0x0f)) + ONES * 6) & (ONES * 0x10);
+    let other = high | over;
+    // A byte of `other` is 0 for a digit, and else at least 0x10: no borrow reaches the bit that is tested.
+    other.wrapping_sub(ONES) & !other & (ONES * 0x80)
+}
+
+/// Eight decimal digits, the first in the lowest byte; bytes that are 0 count as digits 0.
+#[inline(always)]
+fn decimal(digits: u64) -> u64 {
+    let x = digits & (ONES * 0x0f);
+    let x = (x * 10 + (x >> 8)) & 0x00ff_00ff_00ff_00ff;
+    let x = (x * 100 + (x >> 16)) & 0x0000_ffff_0000_ffff;
+    (x * 10_000 + (x >> 32)) & 0xffff_ffff
+}
+
+/// A byte of a list element.
+#[inline(always)]
+fn element_byte(s: &mut Stream, byte: u8) {
+    if s.count == SPOILED || s.marks & mark::GAP != 0 {
+        s.count = SPOILED;
+        return;
+    }
+    let digit = byte.wrapping_sub(b'0');
+    if s.field == field::CONTENT_LENGTH {
+        if digit > 9 || s.word > u64::MAX / 20 {
+            s.count = SPOILED;
+            return;
+        }
+        s.word = s.word * 10 + u64::from(digit);
+        s.count = 1;
+        return;
+    }
+    if s.field == field::KEEP_ALIVE {
+        if s.part != part::NONE {
+            if digit <= 9 {
+                let number = s.word * 10 + u64::from(digit);
+                s.word = if number > u64::from(u32::MAX) { u64::from(u32::MAX) } else { number };
+                s.count = 1;
+            } else if byte != b'"' {
+                s.count = SPOILED;
+            }
+            return;
+        }
+        if byte == b'=' {
+            s.part = if s.count == 7 && s.word == word_of(b"timeout") {
+                part::TIMEOUT
+            } else if s.count == 3 && s.word == word_of(b"max") {
+                part::MAX
+            } else {
+                part::OTHER
+            };
+            s.word = 0;
+            s.count = 0;
+            return;
+        }
+        if s.count >= 8 {
+            s.count = SPOILED;
+            return;
+        }
+    }
+    if s.count >= 16 {
+        s.count = SPOILED;
+        return;
+    }
+    s.word |= u64::from(lower(byte)) << ((s.count & 7) * 8);
+    s.count += 1;
+    if s.count == 8 && s.field != field::KEEP_ALIVE {
+        s.part = part_of(s.word);
+        s.word = 0;
+    }
+}
+
+/// Adds to the `Connection` tokens of the head in progress.
+#[inline(always)]
+fn add_tokens(http: &mut Http, direction: usize, tokens: u8) {
+    let s = stream(http, direction);
+    s.tokens |= tokens;
+    let (kind, status) = (s.kind, s.status);
+    if kind == kind::REQUESTS {
+        http.exchange.request_connection |= tokens;
+    } else if answers(http, status) {
+        http.exchange.response_connection |= tokens;
+    }
+}
+
+/// A list element is whole. Not inlined, for the size of the programs.
+#[inline(never)]
+fn end_element(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    let (count, part, word, status) = (s.count, s.part, s.word, s.status);
+    s.word = 0;
+    s.count = 0;
+    s.part = part::NONE;
+    s.marks &= !mark::GAP;
+    match s.field {
+        field::CONNECTION => {
+            let tokens = if count == 0 {
+                0
+            } else if part == part::NONE && count == 5 && word == word_of(b"close") {
+                token::CLOSE
+            } else if part == part::KEEP_ALI && count == 10 && word == word_of(b"ve") {
+                token::KEEP_ALIVE
+            } else if part == part::NONE && count == 7 && word == word_of(b"upgrade") {
+                token::UPGRADE
+            } else {
+                token::OTHER
+            };
+            add_tokens(http, direction, tokens);
+        }
+        field::CONTENT_LENGTH => {
+            if count == 0 || count == SPOILED || s.framing & framing::LENGTH != 0 && s.length != word {
+                s.framing |= framing::LENGTH_BAD;
+            } else {
+                s.framing |= framing::LENGTH;
+                s.length = word;
+            }
+        }
+        field::TRANSFER_ENCODING => {
+            if part == part::NONE && count == 7 && word == word_of(b"chunked") {
+                s.framing |= framing::CHUNKED;
+            } else if count != 0 {
+                s.framing &= !framing::CHUNKED;
+            }
+        }
+        field::UPGRADE => {
+            if part == part::WEBSOCKE && count == 9 && word == u64::from(b't') {
+                s.framing |= framing::WEBSOCKET;
+            } else if part == part::NONE && count == 3 && word == word_of(b"h2c") {
+                s.framing |= framing::H2C;
+            }
+        }
+        _ => {
+            if count != 1 || !answers(http, status) {
+                return;
+            }
+            if part == part::TIMEOUT {
+                http.exchange.keep_alive_timeout_s = word as u32;
+                set(http, bit::HAS_TIMEOUT);
+            } else if part == part::MAX {
+                http.exchange.keep_alive_max = word as u32;
+                set(http, bit::HAS_MAX);
+            }
+        }
+    }
+}
+
+/// Behind the LF of a line that was passed over.
+#[inline(always)]
+fn end_line<const D: usize>(http: &mut Http) {
+    let s = stream(http, D);
+    match s.phase {
+        phase::REASON => end_status_line(http, D),
+        phase::TRAILER_SKIP => s.phase = phase::TRAILER,
+        phase::CHUNK_EXT => end_chunk_size(s),
+        _ => s.phase = phase::LINE,
+    }
+}
+
+#[inline(always)]
+fn end_chunk_size(s: &mut Stream) {
+    s.phase = if s.length == 0 { phase::TRAILER } else { phase::CHUNK_DATA };
+}
+
+/// Behind the last byte of a body of known length, or of a chunk's data.
+#[inline(always)]
+fn end_data(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    if s.phase == phase::CHUNK_DATA {
+        s.phase = phase::CHUNK_END;
+    } else {
+        end_message(http, direction);
+    }
+}
+
+#[inline(always)]
+fn end_message(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    s.phase = phase::START;
+    if s.kind == kind::RESPONSES {
+        clear(http, bit::BODY_INCOMPLETE);
+    }
+}
+
+/// Behind the empty line: RFC 9112 §6.3 says what follows.
+#[inline(always)]
+fn end_head<const D: usize>(http: &mut Http, used: u32) {
+    let s = stream(http, D);
+    if s.head.wrapping_add(used) > MAX_HEAD {
+        s.phase = phase::REJECTED;
+        return;
+    }
+    if s.framing & framing::CONNECTION != 0 && s.tokens == 0 {
+        s.tokens = token::OTHER;
+    }
+    let (kind, tokens, framing, status, length) = (s.kind, s.tokens, s.framing, s.status, s.length);
+    s.count = 0;
+    let sized = framing & framing::LENGTH != 0;
+    let mut next = if framing & framing::CHUNKED != 0 {
+        phase::CHUNK_SIZE
+    } else if framing & framing::CODED != 0 {
+        if kind == kind::REQUESTS { phase::UNFRAMED } else { phase::UNTIL_CLOSE }
+    } else if framing & framing::LENGTH_BAD != 0 {
+        phase::UNFRAMED
+    } else if length != 0 {
+        phase::BODY
+    } else if sized || kind == kind::REQUESTS {
+        phase::START
+    } else {
+        phase::UNTIL_CLOSE
+    };
+    if next == phase::CHUNK_SIZE {
+        s.length = 0;
+    }
+    if kind == kind::REQUESTS {
+        if http.connect != 0 {
+            next = phase::CONNECT;
+        }
+        http.exchange.request_connection = tokens | token::COMPLETE;
+        http.exchange.requests = http.exchange.requests.saturating_add(1);
+        stream(http, D).phase = next;
+        return;
+    }
+    if status < 200 && status != 101 {
+        s.phase = phase::START;
+        return;
+    }
+    let number = http.answered;
+    let known = number < http.named;
+    let is_head = known && http.heads >> (number & 63) & 1 != 0;
+    let last = answers(http, status);
+    let connect = last && http.connect != 0;
+    if last {
+        http.exchange.response_connection = tokens | token::COMPLETE;
+    }
+    http.exchange.responses = http.exchange.responses.saturating_add(1);
+    if number < http.begun {
+        http.answered = number.wrapping_add(1);
+    }
+    if status == 101 || connect && status < 300 {
+        set(http, bit::UPGRADED);
+        let protocol = if status != 101 {
+            protocol::HTTP1
+        } else if framing & framing::WEBSOCKET != 0 {
+            protocol::WEBSOCKET
+        } else if framing & framing::H2C != 0 {
+            protocol::H2
+        } else {
+            protocol::HTTP1
+        };
+        stop(http, protocol);
+        return;
+    }
+    if connect {
+        // Refused: requests go on.
+        http.connect = 0;
+        let requests = stream(http, 1 - D);
+        if requests.phase == phase::CONNECT {
+            requests.phase = phase::START;
+        }
+    }
+    if is_head || status == 204 || status == 304 {
+        next = phase::START;
+    } else if !known && next != phase::START && http.exchange.flags & bit::REQUESTS_LOST != 0 {
+        // It may answer a HEAD.
+        next = phase::UNFRAMED;
+    }
+    if next == phase::BODY || next == phase::CHUNK_SIZE {
+        set(http, bit::BODY_INCOMPLETE);
+    } else if next == phase::UNTIL_CLOSE {
+        set(http, bit::BODY_UNTIL_CLOSE);
+    }
+    stream(http, D).phase = next;
+}
+
+/// Data of a body.
+#[inline(always)]
+fn data<const D: usize>(http: &mut Http) -> u32 {
+    let s = stream(http, D);
+    let rest = s.len.wrapping_sub(s.at);
+    if s.length > u64::from(rest) {
+        s.length -= u64::from(rest);
+        return rest;
+    }
+    let n = s.length as u32;
+    s.length = 0;
+    end_data(http, D);
+    n
+}
+
+/// A step in one of the other phases.
+#[inline(always)]
+fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
+    let left = window.left;
+    let byte = window.byte();
+    if stream(http, D).phase <= phase::STATUS_END {
+        return start_line::<D>(http, window, byte);
+    }
+    let begun = http.begun;
+    let s = stream(http, D);
+    match s.phase {
+        phase::NAME => name_byte(s, byte),
+        phase::LINE_LF => {
+            if byte == b'\n' {
+                end_head::<D>(http, 1);
+            } else {
+                s.phase = phase::REJECTED;
+            }
+        }
+        phase::CHUNK_SIZE => {
+            let digit = byte.wrapping_sub(b'0');
+            let letter = (byte | 0x20).wrapping_sub(b'a');
+            if digit <= 9 || letter < 6 {
+                if s.length >> 56 != 0 {
+                    s.phase = phase::REJECTED;
+                    return 1;
+                }
+                s.length = s.length << 4 | u64::from(if digit <= 9 { digit } else { letter + 10 });
+                s.count = 1;
+            } else if s.count == 0 {
+                s.phase = phase::REJECTED;
+            } else if byte == b'\n' {
+                end_chunk_size(s);
+            } else if byte == b';' || byte == b'\r' || is_blank(byte) {
+                s.phase = phase::CHUNK_EXT;
+            } else {
+                s.phase = phase::REJECTED;
+            }
+        }
+        phase::CHUNK_END | phase::CHUNK_LF => {
+            if byte == b'\n' {
+                s.phase = phase::CHUNK_SIZE;
+                s.count = 0;
+                s.length = 0;
+            } else if byte == b'\r' && s.phase == phase::CHUNK_END {
+                s.phase = phase::CHUNK_LF;
+            } else {
+                s.phase = phase::REJECTED;
+            }
+        }
+        phase::TRAILER => {
+            if byte == b'\n' {
+                end_message(http, D);
+            } else if byte == b'\r' {
+                s.phase = phase::TRAILER_LF;
+            } else {
+                s.phase = phase::TRAILER_SKIP;
+            }
+        }
+        phase::TRAILER_LF => {
+            if byte == b'\n' {
+                end_message(http, D);
+            } else {
+                s.phase = phase::REJECTED;
+            }
+        }
+        phase::HUNT => {
+            let word = window.word(0);
+            let found = left >= 8
+                && if s.kind == kind::RESPONSES {
+                    begun != 0 && begins_status_line(word)
+                } else {
+                    known_method(word) != 0
+                };
+            if !found {
+                return s.len.wrapping_sub(s.at);
+            }
+            s.phase = phase::START;
+            s.marks |= mark::PROVISIONAL;
+            return 0;
+        }
+        // A line that is being passed over: `step` goes on with it.
+        _ => return 0,
+    }
+    1
+}
+
+#[inline(always)]
+fn begins_status_line(word: u64) -> bool {
+    word & (u64::MAX >> 8) == word_of(b"HTTP/1.")
+}
+
+#[cfg(test)]
+#[path = "head_tests.rs"]
+mod tests;

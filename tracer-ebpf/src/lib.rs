@@ -3,6 +3,7 @@
 //! Everything here is plain data of fixed layout: the same definitions are compiled for the kernel (`bpfel-unknown-none`)
 //! and for the host, and the sizes are asserted in both. Nothing here does I/O, allocates, or knows aya.
 #![cfg_attr(not(test), no_std)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod head;
 
@@ -114,6 +115,9 @@ impl Task {
     pub const NONE: Self = Self { start_ns: 0, tgid: 0, uid: 0, comm: [0; 16] };
 }
 
+/// The unit of process start times in `/proc/<pid>/stat` (`USER_HZ` is 100), in nanoseconds.
+pub const TICK_NS: u64 = 10_000_000;
+
 /// Number of transitions that a [`Record`] can hold.
 pub const STATES: usize = 8;
 
@@ -160,6 +164,8 @@ wire! {
         pub remote: [u8; 16],
         /// Inode number of the network namespace.
         pub netns: u32,
+        /// `skc_bound_dev_if`: the device that the socket is bound to; 0: none.
+        pub bound_dev: u32,
         /// [`flag`] bits.
         pub flags: u32,
         /// Local port, host byte order.
@@ -183,7 +189,7 @@ wire! {
         /// One of [`source`], for `owner`.
         pub owner_source: u8,
         #[doc(hidden)]
-        pub _pad: [u8; 3],
+        pub _pad: [u8; 7],
         /// What the head scanner found.
         pub http: head::Exchange,
     }
@@ -209,6 +215,8 @@ wire! {
         pub skc_v6_rcv_saddr: u32,
         /// `sock.__sk_common.skc_net.net`
         pub skc_net: u32,
+        /// `sock.__sk_common.skc_bound_dev_if`
+        pub skc_bound_dev_if: u32,
         /// `sock.__sk_common.skc_flags` (the `sk_flags` word of [`Offsets::sock_done`])
         pub skc_flags: u32,
         /// `sock.sk_protocol`

@@ -1,0 +1,208 @@
+//! The life of a socket: its transitions, who ended it, and the record of its end.
+//!
+//! `inet_sock_set_state` never reports TIME_WAIT: an active close ends FIN_WAIT2→CLOSE, whether or not a TIME_WAIT
+//! mini-socket is left. Here only the facts are collected that tell these cases apart; user space judges.
+
+use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use aya_log_ebpf::warn;
+use tracer_ebpf::{first_end, flag, kind, role};
+
+use crate::conn::{self, Conn, HANDOVER, copy_words, mark};
+use crate::sock::{self, Sock, TimeWaitTable, tcp};
+use crate::{owner, traffic};
+
+/// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`
+/// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sock.h#L138>
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
+    let (sk, old, new): (Sock, i32, i32) = (ctx.arg::<*mut _>(0), ctx.arg(1), ctx.arg(2));
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
+    unsafe { transition(&ctx, sk, old, new) };
+    0
+}
+
+/// # Safety
+/// `sk` is a BTF pointer to a `struct sock`.
+#[inline(always)]
+unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
+    if new == tcp::LISTEN || (old == tcp::LISTEN && new != tcp::SYN_RECV) {
+        return;
+    }
+    // SAFETY: by the caller's word, here and below.
+    if !unsafe { sock::is_tcp(sk) } {
+        return;
+    }
+    if old == tcp::LISTEN {
+        // SAFETY: as above.
+        unsafe { cloned(sk) };
+        return;
+    }
+    let (local, remote) = unsafe { sock::ports(sk) };
+    // At SYN_SENT a client has no port yet.
+    if new != tcp::SYN_SENT && !conn::port_passes(local, remote) {
+        return;
+    }
+    if new == tcp::SYN_SENT {
+        // A socket that was disconnected and connects again starts anew.
+        unsafe { conn::delete(sk) };
+    }
+    let now = conn::now();
+    let Some(conn) = (unsafe { conn::get_or_create(sk) }) else {
+        warn!(ctx, "no memory for the state of a socket: port {} to {}, state {} to {}", local, remote, old, new);
+        return;
+    };
+    if new == tcp::SYN_SENT {
+        conn.role = role::CLIENT;
+    } else if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {
+        conn.role = role::SERVER;
+    }
+    if conn.marks & mark::READY == 0 {
+        // SAFETY: `sk` is a socket, as the helper asks.
+        unsafe { begin(sk, conn, old, new, now) };
+    }
+    if new == tcp::ESTABLISHED {
+        conn.established_ns = now;
+        if let Some(rcv_nxt) = unsafe { sock::rcv_nxt(sk) } {
+            traffic::established(conn, rcv_nxt);
+        }
+    }
+    if old != new || conn.states_len == 0 {
+        conn.push_state(new, now);
+    }
+    // SAFETY: as above.
+    unsafe {
+        owner::at_transition(sk, conn, old, new);
+    }
+    match new {
+        // The FINs themselves are seen in `traffic`; this holds where a packet passed it by.
+        tcp::CLOSE_WAIT => conn.first_end(first_end::REMOTE, now),
+        tcp::FIN_WAIT2 => conn.first_end(first_end::LOCAL, now),
+        _ => {}
+    }
+    if new == tcp::CLOSE {
+        // SAFETY: as above.
+        unsafe { ended(sk, conn, old, now) };
+    } else if sock::config_states() {
+        // SAFETY: as above.
+        unsafe { conn::emit(sk, conn, kind::STATE, old, new, now) };
+    }
+}
+
+/// The first sight of a socket in a transition.
+///
+/// # Safety
+/// As for [`transition`].
+#[inline(always)]
+unsafe fn begin(sk: Sock, conn: &mut Conn, old: i32, new: i32, now: u64) {
+    conn.marks |= mark::READY;
+    traffic::begin(conn);
+    // The cookie is made now, so that the mini-socket of a later TIME_WAIT inherits it.
+    // SAFETY: `sk` is a socket.
+    conn.cookie = unsafe { bpf_get_socket_cookie(sk) };
+    if new == tcp::CLOSE {
+        conn.flags |= flag::COOKIE_LATE;
+    }
+    let young = new == tcp::SYN_SENT || new == tcp::ESTABLISHED || old == tcp::SYN_SENT || old == tcp::SYN_RECV;
+    if !young {
+        traffic::started_before(conn, now);
+        conn.push_state(old, now);
+    }
+}
+
+/// LISTEN→SYN_RECV: a socket was cloned from a listener, in the softirq that handles the segment which completed the
+/// handshake. If that segment carried a request, [`traffic`] has just read it, on this CPU.
+///
+/// # Safety
+/// As for [`transition`].
+#[inline(always)]
+unsafe fn cloned(sk: Sock) {
+    let Some(handover) = HANDOVER.get_ptr_mut(0) else { return };
+    // SAFETY: a slot of this CPU; only softirq uses it, which does not nest. The other calls: by the caller's word.
+    unsafe {
+        if (*handover).valid == 0 {
+            return;
+        }
+        (*handover).valid = 0;
+        let Some(conn) = conn::get_or_create(sk) else { return };
+        conn.role = role::SERVER;
+        conn.marks |= mark::HANDED_OVER;
+        conn.handed_seq = (*handover).seq;
+        conn.payload_ns = (*handover).payload_ns;
+        copy_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>(
+            (&raw mut conn.http).cast(),
+            (&raw const (*handover).http).cast(),
+        );
+    }
+}
+
+/// →CLOSE: the end of the full socket.
+///
+/// # Safety
+/// As for [`transition`].
+#[inline(always)]
+unsafe fn ended(sk: Sock, conn: &mut Conn, old: i32, now: u64) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if sock::fin_processed(sk) {
+            conn.flags |= flag::FIN_RECEIVED;
+        }
+        if sock::locked_by_process(sk) {
+            conn.flags |= flag::IN_PROCESS;
+        }
+        match sock::time_wait_table(sk) {
+            TimeWaitTable::Room => {}
+            TimeWaitTable::Full => conn.flags |= flag::TIME_WAIT_FULL,
+            TimeWaitTable::Unknown => conn.flags |= flag::TIME_WAIT_COUNT_UNKNOWN,
+        }
+        conn::emit(sk, conn, kind::CLOSE, old, tcp::CLOSE, now);
+    }
+    conn.marks |= mark::ENDED;
+}
+
+/// `trace_tcp_receive_reset(struct sock *sk)`: first thing in `tcp_reset()`.
+///
+/// `tcp_reset()` also ends a socket that got data after its process had closed it; then no RST arrived, and one is sent.
+/// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/tcp.h#L205>
+#[btf_tracepoint(function = "tcp_receive_reset")]
+fn tcp_receive_reset(ctx: BtfTracePointContext) -> i32 {
+    let sk: Sock = ctx.arg::<*mut _>(0);
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
+    if let Some(conn) = unsafe { conn::get(sk) } {
+        if conn.marks & mark::RST_SEEN != 0 {
+            conn.flags |= flag::RST_RECEIVED;
+            conn.first_end(first_end::REMOTE, conn::now());
+        } else {
+            conn.flags |= flag::RST_SENT;
+            conn.first_end(first_end::LOCAL, conn::now());
+        }
+    }
+    0
+}
+
+/// `trace_tcp_send_reset(const struct sock *sk, const struct sk_buff *skb[, const enum sk_rst_reason reason])`; `sk` may
+/// be NULL or a mini-socket.
+/// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/tcp.h#L106>
+#[btf_tracepoint(function = "tcp_send_reset")]
+fn tcp_send_reset(ctx: BtfTracePointContext) -> i32 {
+    let sk: Sock = ctx.arg::<*mut _>(0);
+    if sk.is_null() {
+        return 0;
+    }
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`, and not NULL; the helper refuses mini-sockets.
+    unsafe {
+        if let Some(conn) = conn::get(sk) {
+            if conn.flags & flag::RST_SENT != 0 {
+                return 0;
+            }
+            conn.flags |= flag::RST_SENT;
+            let now = conn::now();
+            conn.first_end(first_end::LOCAL, now);
+            if conn.marks & mark::ENDED != 0 {
+                conn::emit(sk, conn, kind::RESET_AFTER_CLOSE, tcp::CLOSE, tcp::CLOSE, now);
+            }
+        }
+    }
+    0
+}

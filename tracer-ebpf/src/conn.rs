@@ -1,0 +1,300 @@
+//! The state of one socket, the maps, and the way into the ring buffer.
+//!
+//! [`Conn`] lives in socket storage, reachable from the tracepoints and from `cgroup_skb`, and dies with its socket: no
+//! hash, no leak, no capacity limit. It starts as zeroes.
+
+use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
+use aya_ebpf::macros::btf_map;
+use tracer_ebpf::head::{Http, clamp};
+use tracer_ebpf::{Record, STATES, TICK_NS, Task, counter, filter, flag, pack_state};
+
+use crate::sock;
+
+/// Bits of [`Conn::marks`]: what only the programs need to know.
+pub(crate) mod mark {
+    /// A RST segment arrived; whether TCP accepted it `tcp_receive_reset` tells.
+    pub(crate) const RST_SEEN: u8 = 1 << 0;
+    /// The owner or the closer is one of the processes asked for.
+    pub(crate) const PID_MATCHED: u8 = 1 << 1;
+    /// The record of the socket's end was written.
+    pub(crate) const ENDED: u8 = 1 << 2;
+    /// A FIN segment arrived.
+    pub(crate) const FIN_SEEN: u8 = 1 << 4;
+    /// Payload was read before the socket was cloned from its listener.
+    pub(crate) const HANDED_OVER: u8 = 1 << 5;
+    /// The socket's state has been initialised.
+    pub(crate) const READY: u8 = 1 << 3;
+}
+
+/// What is known of one socket. Times are `bpf_ktime_get_ns`.
+#[repr(C)]
+pub(crate) struct Conn {
+    pub(crate) cookie: u64,
+    pub(crate) established_ns: u64,
+    pub(crate) payload_ns: u64,
+    pub(crate) end_ns: u64,
+    pub(crate) states: [u64; STATES],
+    pub(crate) owner: Task,
+    pub(crate) closer: Task,
+    /// [`flag`] bits.
+    pub(crate) flags: u32,
+    /// Sequence number after our FIN, if [`flag::FIN_SENT`].
+    pub(crate) fin_sent_end: u32,
+    /// Sequence number of the payload that was read before the socket was cloned, if [`mark::HANDED_OVER`].
+    pub(crate) handed_seq: u32,
+    pub(crate) states_len: u32,
+    pub(crate) role: u8,
+    pub(crate) first_end: u8,
+    pub(crate) owner_source: u8,
+    /// [`mark`] bits.
+    pub(crate) marks: u8,
+    /// Sequence number after the peer's FIN, if [`mark::FIN_SEEN`].
+    pub(crate) fin_seen_end: u32,
+    pub(crate) http: Http,
+}
+
+/// A request that arrived at a listener, waiting for the socket that will be cloned from it.
+#[repr(C)]
+pub(crate) struct Handover {
+    pub(crate) valid: u32,
+    pub(crate) seq: u32,
+    pub(crate) payload_ns: u64,
+    pub(crate) http: Http,
+}
+
+/// The ring buffer's size unless user space asks for another.
+const RING_BYTES: usize = 8 << 20;
+/// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
+const WAKEUP_INTERVAL_NS: u64 = 5_000_000;
+
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
+#[btf_map]
+static RING: RingBuf<Record, RING_BYTES> = RingBuf::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+static LAST_WAKEUP: Array<u64, 1> = Array::new();
+/// The processes asked for and their descendants: process id to start time in [`TICK_NS`].
+#[btf_map]
+pub(crate) static PIDS: HashMap<u32, u64, 16384> = HashMap::new();
+/// The ports asked for.
+#[btf_map]
+static PORTS: HashMap<u16, u8, 1024> = HashMap::new();
+/// The process names asked for.
+#[btf_map]
+static COMMS: HashMap<[u8; 16], u8, 256> = HashMap::new();
+/// Processes that exited lately: process id to `start_boottime`.
+#[btf_map]
+pub(crate) static EXITED: LruHashMap<u32, u64, 4096> = LruHashMap::new();
+#[btf_map]
+pub(crate) static HANDOVER: PerCpuArray<Handover, 1> = PerCpuArray::new();
+
+/// Copies `N` words. Not `copy_nonoverlapping`: that becomes a loop of bytes in BPF.
+///
+/// # Safety
+/// `from` can be read and `to` written for `N` words.
+#[inline(always)]
+pub(crate) unsafe fn copy_words<const N: usize>(to: *mut u64, from: *const u64) {
+    const { assert!(N <= 48) };
+    macro_rules! words {
+        ($($i:literal)*) => {
+            // SAFETY: by the caller's word; `N` is a constant, so each line is either one move or nothing.
+            unsafe { $( if $i < N { to.add($i).write_volatile(from.add($i).read_volatile()); } )* }
+        };
+    }
+    words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
+        40 41 42 43 44 45 46 47);
+}
+
+/// Clears `N` words.
+///
+/// # Safety
+/// `to` can be written for `N` words.
+#[inline(always)]
+pub(crate) unsafe fn clear_words<const N: usize>(to: *mut u64) {
+    const { assert!(N <= 48) };
+    macro_rules! words {
+        ($($i:literal)*) => {
+            // SAFETY: by the caller's word.
+            unsafe { $( if $i < N { to.add($i).write_volatile(0); } )* }
+        };
+    }
+    words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
+        40 41 42 43 44 45 46 47);
+}
+
+/// Adds one to a [`counter`].
+#[inline(always)]
+pub(crate) fn count(index: u32) {
+    if let Some(value) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: an aligned word of a map. Atomic, because a program in softirq may interrupt
+        // this one; in assembler, because this target has no atomic types.
+        unsafe { core::arch::asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) value, in(reg) 1u64) };
+    }
+}
+
+/// The state of `sk`, if it has one.
+///
+/// # Safety
+/// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
+#[inline(always)]
+pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
+    // SAFETY: by the caller's word; the helper answers NULL or a value that lives until the program ends.
+    unsafe {
+        bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk, core::ptr::null_mut(), 0).cast::<Conn>().as_mut()
+    }
+}
+
+/// The state of `sk`, made now if it had none.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
+    // SAFETY: as in `get`.
+    let conn = unsafe {
+        bpf_sk_storage_get(
+            (&raw const SOCKETS).cast_mut().cast(),
+            sk,
+            core::ptr::null_mut(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+        .cast::<Conn>()
+        .as_mut()
+    };
+    if conn.is_none() {
+        count(counter::UNTRACKED);
+    }
+    conn
+}
+
+/// Forgets the state of `sk`, if it has one.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+pub(crate) unsafe fn delete(sk: *mut c_void) {
+    // SAFETY: as in `get`. It fails where there was nothing to forget.
+    unsafe { bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk) };
+}
+
+impl Conn {
+    /// Notes a transition.
+    #[inline(always)]
+    pub(crate) fn push_state(&mut self, state: i32, at_ns: u64) {
+        let at = self.states_len;
+        if at < STATES as u32 {
+            let slot = clamp::<{ STATES as i32 - 1 }>(u64::from(at)) as usize;
+            // SAFETY: `slot` is below `STATES`.
+            unsafe { self.states.as_mut_ptr().add(slot).write_volatile(pack_state(state as u8, at_ns)) };
+            self.states_len = at + 1;
+        } else {
+            self.flags |= flag::STATES_TRUNCATED;
+        }
+    }
+
+    /// Notes who sent the first FIN or RST, if nobody has been noted yet.
+    #[inline(always)]
+    pub(crate) fn first_end(&mut self, who: u8, at_ns: u64) {
+        if self.first_end == tracer_ebpf::first_end::NONE {
+            self.first_end = who;
+            self.end_ns = at_ns;
+        }
+    }
+}
+
+/// Whether the process asked for with `--pid`, or a descendant, is `task`.
+#[inline(always)]
+pub(crate) fn pid_asked(task: &Task) -> bool {
+    // SAFETY: the value is read at once.
+    match unsafe { PIDS.get(task.tgid) } {
+        Some(start) => *start == task.start_ns / TICK_NS,
+        None => false,
+    }
+}
+
+/// Whether the ports pass `--port`.
+#[inline(always)]
+pub(crate) fn port_passes(local: u16, remote: u16) -> bool {
+    sock::config_filters() & filter::PORT == 0 || PORTS.get_ptr(local).is_some() || PORTS.get_ptr(remote).is_some()
+}
+
+#[inline(always)]
+fn passes(conn: &Conn) -> bool {
+    let filters = sock::config_filters();
+    if filters & filter::PID != 0 && conn.marks & mark::PID_MATCHED == 0 {
+        return false;
+    }
+    filters & filter::COMM == 0 || COMMS.get_ptr(conn.owner.comm).is_some() || COMMS.get_ptr(conn.closer.comm).is_some()
+}
+
+/// Writes one record.
+///
+/// # Safety
+/// `sk` is a BTF pointer to a full TCP `struct sock`.
+#[inline(always)]
+pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) {
+    if !passes(conn) {
+        if kind == tracer_ebpf::kind::CLOSE {
+            count(counter::FILTERED);
+        }
+        return;
+    }
+    let Some(mut entry) = RING.reserve(0) else {
+        count(counter::LOST);
+        return;
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: every member of the reserved record is written; `conn` and `sk` are valid by the caller's word.
+    unsafe {
+        sock::describe(sk, conn.flags & flag::FIN_RECEIVED != 0, record);
+        (*record).at_ns = at_ns;
+        (*record).cookie = conn.cookie;
+        (*record).established_ns = conn.established_ns;
+        (*record).payload_ns = conn.payload_ns;
+        (*record).end_ns = conn.end_ns;
+        copy_words::<STATES>((&raw mut (*record).states).cast(), (&raw const conn.states).cast());
+        copy_words::<4>((&raw mut (*record).owner).cast(), (&raw const conn.owner).cast());
+        copy_words::<4>((&raw mut (*record).closer).cast(), (&raw const conn.closer).cast());
+        (*record).flags = conn.flags;
+        (*record).kind = kind;
+        (*record).old_state = old as u8;
+        (*record).new_state = new as u8;
+        (*record).role = conn.role;
+        (*record).first_end = conn.first_end;
+        (*record).owner_source = conn.owner_source;
+        (*record)._pad = [0; 7];
+        copy_words::<{ size_of::<tracer_ebpf::head::Exchange>() / 8 }>(
+            (&raw mut (*record).http).cast(),
+            (&raw const conn.http.exchange).cast(),
+        );
+    }
+    entry.submit(wakeup(at_ns));
+    count(counter::EMITTED);
+}
+
+/// Whether the reader must be woken: not if that happened a moment ago. A wake-up costs more than all else here.
+#[inline(always)]
+fn wakeup(now: u64) -> u64 {
+    let Some(last) = LAST_WAKEUP.get_ptr_mut(0) else { return 0 };
+    // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice.
+    unsafe {
+        if now.wrapping_sub(last.read_volatile()) < WAKEUP_INTERVAL_NS {
+            return u64::from(BPF_RB_NO_WAKEUP);
+        }
+        last.write_volatile(now);
+    }
+    u64::from(BPF_RB_FORCE_WAKEUP)
+}
+
+/// Now, in the clock of all records.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helper takes nothing.
+    unsafe { bpf_ktime_get_ns() }
+}

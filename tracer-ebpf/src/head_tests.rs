@@ -1,0 +1,972 @@
+//! Tests of the scanner: what each message means, and that no cut, duplicate or gap changes it.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const IN: usize = INGRESS;
+const OUT: usize = EGRESS;
+const SERVER: u8 = crate::role::SERVER;
+const CLIENT: u8 = crate::role::CLIENT;
+
+/// A connection whose streams begin at odd places, one of them right before the sequence numbers wrap.
+struct Connection {
+    http: Http,
+    next: [u32; 2],
+}
+
+impl Connection {
+    fn new(role: u8) -> Self {
+        let mut http = Http::ZERO;
+        super::role(&mut http, role);
+        Self { http, next: [0xffff_fff0, 77] }
+    }
+
+    /// What the kernel's driver does.
+    fn segment<const D: usize>(&mut self, seq: u32, bytes: &[u8]) {
+        let http = &mut self.http;
+        if !enter::<D>(http, seq, bytes.len() as u32) {
+            return;
+        }
+        // Not zero: what lies behind the filled part must not matter.
+        let mut window = [u64::from_le_bytes(*b"\r\nclose\n"); WINDOW_WORDS];
+        let mut finished = false;
+        for _ in 0..MAX_STEPS {
+            if let Some((at, n)) = refill::<D>(http) {
+                let (at, n) = (at as usize, n as usize);
+                assert!(n > 0 && n <= WINDOW);
+                bytemuck::cast_slice_mut::<u64, u8>(&mut window)[..n].copy_from_slice(&bytes[at..at + n]);
+            }
+            // SAFETY: the window has WINDOW bytes.
+            if !unsafe { step::<D>(http, window.as_ptr()) } {
+                finished = true;
+                break;
+            }
+        }
+        leave::<D>(http, finished);
+    }
+
+    /// The next bytes of a direction, at an offset from where they should be.
+    fn at<const D: usize>(&mut self, offset: i64, bytes: &[u8]) {
+        let seq = self.next[D].wrapping_add(offset as u32);
+        self.segment::<D>(seq, bytes);
+    }
+
+    fn send<const D: usize>(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
+        let bytes = bytes.as_ref();
+        self.at::<D>(0, bytes);
+        self.skip::<D>(bytes.len());
+        self
+    }
+
+    fn skip<const D: usize>(&mut self, n: usize) -> &mut Self {
+        self.next[D] = self.next[D].wrapping_add(n as u32);
+        self
+    }
+
+    fn send_to(&mut self, direction: usize, bytes: &[u8]) {
+        if direction == IN {
+            self.send::<IN>(bytes)
+        } else {
+            self.send::<OUT>(bytes)
+        };
+    }
+
+    fn x(&self) -> Exchange {
+        self.http.exchange
+    }
+
+    fn has(&self, bits: u16) -> bool {
+        self.http.exchange.flags & bits == bits
+    }
+}
+
+fn bytes_of(x: &Exchange) -> &[u8] {
+    bytemuck::bytes_of(x)
+}
+
+fn method(x: &Exchange) -> &[u8] {
+    &x.method[..x.method_len as usize]
+}
+
+fn target(x: &Exchange) -> &[u8] {
+    &x.target[..x.target_len as usize]
+}
+
+/// One request to a server.
+fn request(bytes: impl AsRef<[u8]>) -> Connection {
+    let mut c = Connection::new(SERVER);
+    c.send::<IN>(bytes);
+    c
+}
+
+/// A plain request to a server, and its answer.
+fn response(bytes: impl AsRef<[u8]>) -> Connection {
+    answer_to("GET / HTTP/1.1\r\n\r\n", bytes)
+}
+
+fn answer_to(request_head: &str, bytes: impl AsRef<[u8]>) -> Connection {
+    let mut c = request(request_head);
+    c.send::<OUT>(bytes);
+    c
+}
+
+const COMPLETE: u8 = token::COMPLETE;
+const CLOSE: u8 = token::CLOSE | COMPLETE;
+const KEEP_ALIVE: u8 = token::KEEP_ALIVE | COMPLETE;
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+
+#[test]
+fn a_plain_exchange() {
+    let mut c = request("GET /a/b?secret=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let x = c.x();
+    assert_eq!((x.requests, x.responses, x.protocol), (1, 0, protocol::HTTP1));
+    assert_eq!((method(&x), target(&x)), (&b"GET"[..], &b"/a/b"[..]));
+    assert_eq!((x.request_connection, x.request_version), (CLOSE, 11));
+    assert_eq!(x.flags, bit::REQUESTS_IN | bit::HAS_REQUEST);
+    assert!(x.target[4..].iter().all(|&b| b == 0) && x.method[3..].iter().all(|&b| b == 0));
+
+    c.send::<OUT>("HTTP/1.0 404 Not Found\r\nContent-Length: 5\r\nConnection: Keep-Alive\r\nKeep-Alive: timeout=5, max=99\r\n\r\n");
+    let x = c.x();
+    assert_eq!((x.requests, x.responses, x.status, x.response_version), (1, 1, 404, 10));
+    assert_eq!(x.response_connection, KEEP_ALIVE);
+    assert_eq!((x.keep_alive_timeout_s, x.keep_alive_max), (5, 99));
+    let all = bit::REQUESTS_IN | bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::HAS_TIMEOUT | bit::HAS_MAX;
+    assert_eq!(x.flags, all | bit::BODY_INCOMPLETE);
+    c.send::<OUT>("12345");
+    assert_eq!(c.x().flags, all);
+
+    // A new request clears the answer to the old one, from its first byte on.
+    c.send::<IN>("P");
+    let x = c.x();
+    assert_eq!((x.requests, x.responses, x.status, x.response_connection, x.request_connection), (1, 1, 0, 0, 0));
+    assert_eq!((x.keep_alive_timeout_s, x.keep_alive_max, x.method_len, x.target_len), (0, 0, 0, 0));
+    assert_eq!(x.flags, bit::REQUESTS_IN);
+}
+
+#[test]
+fn the_connection_field() {
+    let value = |lines: &str| request(format!("GET / HTTP/1.1\r\n{lines}\r\n")).x().request_connection;
+    let (other, upgrade) = (token::OTHER | COMPLETE, token::UPGRADE | COMPLETE);
+    for (lines, expected) in [
+        ("", COMPLETE),
+        ("Connection: close\r\n", CLOSE),
+        ("Connection:close\r\n", CLOSE),
+        ("cOnNeCtIoN:\t \tClOsE \t\r\n", CLOSE),
+        ("Connection: keep-alive\r\n", KEEP_ALIVE),
+        ("Connection: Keep-Alive, Upgrade\r\n", KEEP_ALIVE | upgrade),
+        ("Connection: ,,close , , upgrade\r\n", CLOSE | upgrade),
+        ("Connection: close\r\nHost: x\r\nConnection: keep-alive\r\n", CLOSE | KEEP_ALIVE),
+        ("Connection: TE\r\n", other),
+        ("Connection: closed\r\n", other),
+        ("Connection: clos\r\n", other),
+        ("Connection: close keep-alive\r\n", other),
+        ("Connection: \"close\"\r\n", other),
+        ("Connection: keep\x0dalive\r\n", other),
+        ("Connection: keep-alivee\r\n", other),
+        ("Connection: keep-alive-and-well-for-ever-and-ever, close\r\n", CLOSE | other),
+        ("Connection: Transfer-Encoding, foo\r\n", other),
+        ("Connection:\r\n", other),
+        ("Connection: ,\r\n", other),
+        ("Connection: \r\n close\r\n", CLOSE),
+        ("Connection: keep-alive,\r\n\tclose\r\nHost: x\r\n", CLOSE | KEEP_ALIVE),
+        ("Connection: close\r\n , foo\r\n", CLOSE | other),
+        ("Connection: close\r\n foo\r\n", other),
+        ("Connection: close\r\n \r\nHost: x\r\n", CLOSE),
+        ("X: a\r\n Connection: close\r\n", COMPLETE),
+        ("X-Connection: close\r\n", COMPLETE),
+        ("Connection-Foo: close\r\n", COMPLETE),
+        ("Connection : close\r\n", COMPLETE),
+        ("Connectio: close\r\n", COMPLETE),
+        ("Connectionn: close\r\n", COMPLETE),
+        ("Keep\rAlive: close\r\n", COMPLETE),
+        ("Cookie: Connection: close\r\n", COMPLETE),
+        ("Proxy-Connection: close\r\n", COMPLETE),
+        ("Connection: close\n", CLOSE),
+    ] {
+        assert_eq!(value(lines), expected, "{lines:?}");
+    }
+    assert_eq!(request("GET / HTTP/1.1\nConnection: close\n\n").x().request_connection, CLOSE);
+    // The next line may go on with the value.
+    let mut c = request("GET / HTTP/1.1\r\nConnection: close\r\n");
+    assert_eq!(c.x().request_connection, 0);
+    c.send::<IN>("H");
+    assert_eq!(c.x().request_connection, token::CLOSE);
+}
+
+#[test]
+fn start_lines() {
+    for (line, m, t, v) in [
+        ("OPTIONS * HTTP/1.1", "OPTIONS", "*", 11),
+        ("GET http://example.org/a?b HTTP/1.0", "GET", "http://example.org/a", 10),
+        ("PROPFIND /dav HTTP/1.1", "PROPFIND", "/dav", 11),
+        ("VERSION-CONTROL /x HTTP/1.1", "VERSION-CONTROL", "/x", 11),
+        ("SIXTEEN-BYTES-LO /x HTTP/1.1", "SIXTEEN-BYTES-LO", "/x", 11),
+        ("CONNECT example.org:443 HTTP/1.1", "CONNECT", "example.org:443", 11),
+        ("GET ?q HTTP/1.1", "GET", "", 11),
+        ("GET /#f HTTP/1.1", "GET", "/", 11),
+        ("M / HTTP/1.1", "M", "/", 11),
+        ("HTTQ / HTTP/1.1", "HTTQ", "/", 11),
+    ] {
+        for lead in ["", "\r\n", "\n\r\n"] {
+            let c = request(format!("{lead}{line}\r\n\r\n"));
+            let x = c.x();
+            assert_eq!((method(&x), target(&x)), (m.as_bytes(), t.as_bytes()), "{line}");
+            assert_eq!((x.request_version, x.requests, x.request_connection), (v, 1, COMPLETE), "{line}");
+            assert!(!c.has(bit::TARGET_TRUNCATED));
+        }
+    }
+    for line in [
+        "GET / HTTP/1.2",
+        "GET / HTTP/2.0",
+        "GET / http/1.1",
+        "GET /",
+        "GET  / HTTP/1.1",
+        "GET / HTTP/1.1 ",
+        " GET / HTTP/1.1",
+        "SEVENTEEN-BYTES-X / HTTP/1.1",
+        "G(T / HTTP/1.1",
+        "GET /a b HTTP/1.1",
+        "HTTP/1.1 200 OK",
+    ] {
+        let c = request(format!("{line}\r\n\r\n"));
+        assert_eq!((c.x().protocol, c.x().requests, c.x().flags), (protocol::OTHER, 0, 0), "{line}");
+        assert_eq!((c.x().method_len, c.x().target_len), (0, 0));
+        assert_ne!(c.http.stopped, 0);
+        let mut c = request("GET / HTTP/1.1\r\nConnection: close\r\n\r\n");
+        c.send::<IN>(format!("{line}\r\n\r\n"));
+        assert!(c.has(bit::REQUESTS_LOST) && c.x().request_connection & COMPLETE == 0, "{line}");
+        assert_eq!(c.x().protocol, protocol::HTTP1);
+    }
+}
+
+#[test]
+fn targets_of_every_length() {
+    for len in 1..200 {
+        for query in ["", "?q=1&r=%20", "#f"] {
+            let path = format!("/{}", "p".repeat(len - 1));
+            let head = format!("GET {path}{query} HTTP/1.1\r\nConnection: close\r\n\r\n");
+            let c = request(&head);
+            assert_eq!(target(&c.x()), &path.as_bytes()[..len.min(64)]);
+            assert_eq!(c.has(bit::TARGET_TRUNCATED), len > 64, "{len}");
+            assert_eq!(c.x().request_connection, CLOSE);
+
+            let mut c = Connection::new(SERVER);
+            c.http.full_target = 1;
+            c.send::<IN>(&head);
+            let full = format!("{path}{query}");
+            assert_eq!(target(&c.x()), &full.as_bytes()[..full.len().min(64)]);
+            assert_eq!(c.has(bit::TARGET_TRUNCATED), full.len() > 64);
+        }
+    }
+}
+
+#[test]
+fn status_lines() {
+    for (line, status, version) in [
+        ("HTTP/1.1 200 OK", 200, 11),
+        ("HTTP/1.0 999", 999, 10),
+        ("HTTP/1.1 404 ", 404, 11),
+        ("HTTP/1.1 500 a b c", 500, 11),
+    ] {
+        for end in ["\r\n", "\n"] {
+            let c = response(format!("{line}{end}Content-Length: 0{end}{end}"));
+            assert_eq!((c.x().status, c.x().response_version, c.x().responses), (status, version, 1), "{line}");
+            assert!(c.has(bit::HAS_RESPONSE));
+        }
+    }
+    for line in [
+        "HTTP/1.1 20",
+        "HTTP/1.1 2000",
+        "HTTP/1.1 099",
+        "HTTP/1.1  200",
+        "HTTP/1.3 200",
+        "HTTP/2 200",
+        "\r\nHTTP/1.1 200",
+        "ICY 200 OK",
+    ] {
+        let c = response(format!("{line}\r\nContent-Length: 0\r\n\r\n"));
+        assert!(c.has(bit::RESPONSES_LOST) && !c.has(bit::HAS_RESPONSE), "{line}");
+        assert_eq!(c.x().responses, 0);
+    }
+}
+
+#[test]
+fn keep_alive_parameters() {
+    let parameters = |value: &str| {
+        let c = response(format!("HTTP/1.1 200 OK\r\nKeep-Alive: {value}\r\nContent-Length: 0\r\n\r\n"));
+        let x = c.x();
+        let of = |flag, n| if c.has(flag) { Some(n) } else { None };
+        (of(bit::HAS_TIMEOUT, x.keep_alive_timeout_s), of(bit::HAS_MAX, x.keep_alive_max))
+    };
+    for (value, expected) in [
+        ("timeout=5, max=100", (Some(5), Some(100))),
+        ("MAX=7,Timeout=60", (Some(60), Some(7))),
+        ("timeout=\"15\"", (Some(15), None)),
+        ("timeout=99999999999999999999", (Some(u32::MAX), None)),
+        ("timeout=, max", (None, None)),
+        ("timeout=5s, max=1", (None, Some(1))),
+        ("timeouts=5, min=1", (None, None)),
+        ("timeout=0", (Some(0), None)),
+        ("foo=1,\r\n max=3", (None, Some(3))),
+        ("300", (None, None)),
+        ("a-parameter-of-no-interest=5, max=2", (None, Some(2))),
+    ] {
+        assert_eq!(parameters(value), expected, "{value}");
+    }
+    // Of no meaning in a request.
+    let c = request("GET / HTTP/1.1\r\nKeep-Alive: timeout=5\r\n\r\n");
+    assert!(!c.has(bit::HAS_TIMEOUT));
+}
+
+/// What is not the head of the next message must not be taken for it.
+const BAIT: &str =
+    "\r\nConnection: close\r\n\r\nGET /bait HTTP/1.1\r\nConnection: close\r\n\r\nHTTP/1.1 200 OK\r\n\r\n";
+
+fn chunked(body: &str) -> String {
+    let (a, b) = body.split_at(body.len() / 2);
+    format!("{:X};ext=\"1\"\r\n{a}\r\n00{:x} \n{b}\r\n0\r\nConnection: close\r\nX: y\r\n\r\n", a.len(), b.len())
+}
+
+#[test]
+fn request_bodies() {
+    let fields = format!("Content-Length: {}\r\n\r\n{BAIT}", BAIT.len());
+    let long = format!("Content-Length: 123456789\r\n\r\n{BAIT}{}", "x".repeat(123_456_789 - BAIT.len()));
+    let twice = format!("Content-Length: {0}\r\nContent-Length: {0}, {0}\r\n\r\n{BAIT}", BAIT.len());
+    let coded = format!("Transfer-Encoding: gzip, Chunked\r\nContent-Length: 3\r\n\r\n{}", chunked(BAIT));
+    let lines = format!("Transfer-Encoding: gzip\r\nTransfer-Encoding:chunked\r\n\r\n{}", chunked(BAIT));
+    for rest in [fields, long, twice, coded, lines] {
+        let mut c = request(format!("POST /first HTTP/1.1\r\n{rest}"));
+        assert_eq!((c.x().requests, c.x().request_connection), (1, COMPLETE), "{:.90}", rest);
+        assert_eq!(target(&c.x()), b"/first");
+        c.send::<IN>("GET /second HTTP/1.1\r\nConnection: keep-alive\r\n\r\n");
+        assert_eq!((c.x().requests, c.x().request_connection), (2, KEEP_ALIVE), "{:.90}", rest);
+        assert_eq!(target(&c.x()), b"/second");
+        assert_eq!(c.x().flags, bit::REQUESTS_IN | bit::HAS_REQUEST);
+    }
+}
+
+#[test]
+fn unknown_framing_loses_what_follows() {
+    for fields in [
+        "Content-Length: 5\r\nContent-Length: 6\r\n",
+        "Content-Length: 5, 6\r\n",
+        "Content-Length: -1\r\n",
+        "Content-Length: 5 5\r\n",
+        "Content-Length:\r\n",
+        "Content-Length: 99999999999999999999\r\n",
+        "Content-Length: 0x10\r\n",
+        "Transfer-Encoding: chunked, gzip\r\n",
+        "Transfer-Encoding: xchunked\r\n",
+    ] {
+        let mut c = request(format!("POST / HTTP/1.1\r\nConnection: close\r\n{fields}\r\n"));
+        assert_eq!((c.x().requests, c.x().request_connection), (1, CLOSE), "{fields}");
+        assert!(!c.has(bit::REQUESTS_LOST));
+        c.send::<IN>("GET / HTTP/1.1\r\n\r\n");
+        assert_eq!((c.x().requests, c.x().request_connection & COMPLETE), (1, 0), "{fields}");
+        assert!(c.has(bit::REQUESTS_LOST));
+    }
+    for body in ["x", "\r\n", "5\r\nhelloX", "5\r\nhello\rX", "1000000000000000", "5x\r\n", "0\r\n\rX"] {
+        let c = request(format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{body}"));
+        assert!(c.has(bit::REQUESTS_LOST), "{body:?}");
+    }
+    let c = response("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nHTTP/1.1 200 OK\r\n\r\n");
+    assert!(c.has(bit::BODY_UNTIL_CLOSE) && !c.has(bit::RESPONSES_LOST) && c.x().responses == 1);
+}
+
+#[test]
+fn response_bodies() {
+    // By RFC 9112 §6.3: status, fields, whether the request is a HEAD; then whether a body follows.
+    for (head, status, fields, body) in [
+        ("GET", 200, "Content-Length: 9\r\n", true),
+        ("HEAD", 200, "Content-Length: 9\r\n", false),
+        ("HEAD", 200, "Transfer-Encoding: chunked\r\n", false),
+        ("HEAD", 200, "", false),
+        ("GET", 204, "Content-Length: 9\r\n", false),
+        ("GET", 304, "Content-Length: 9\r\n", false),
+        ("GET", 304, "Transfer-Encoding: chunked\r\n", false),
+        ("GET", 200, "Content-Length: 0\r\n", false),
+        ("GET", 204, "", false),
+    ] {
+        let c = answer_to(&format!("{head} / HTTP/1.1\r\n\r\n"), format!("HTTP/1.1 {status} X\r\n{fields}\r\n"));
+        assert_eq!(c.has(bit::BODY_INCOMPLETE), body, "{head} {status} {fields}");
+        assert!(!c.has(bit::BODY_UNTIL_CLOSE));
+    }
+    for (rest, flags) in [
+        (format!("Content-Length: {}\r\n\r\n{BAIT}", BAIT.len()), 0),
+        (format!("Transfer-Encoding: chunked\r\n\r\n{}", chunked(BAIT)), 0),
+        (format!("\r\n{BAIT}"), bit::BODY_UNTIL_CLOSE),
+    ] {
+        let c = response(format!("HTTP/1.1 200 OK\r\n{rest}"));
+        assert_eq!((c.x().responses, c.x().response_connection), (1, COMPLETE));
+        assert_eq!(c.x().flags, flags | bit::REQUESTS_IN | bit::HAS_REQUEST | bit::HAS_RESPONSE);
+    }
+    let mut c = response("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+    for part in ["5\r\n", "hello", "\r\n", "0\r\n", "T: x\r\n"] {
+        assert!(c.send::<OUT>(part).has(bit::BODY_INCOMPLETE));
+    }
+    assert!(!c.send::<OUT>("\r\n").has(bit::BODY_INCOMPLETE));
+}
+
+#[test]
+fn interim_responses_do_not_count() {
+    let mut c = request("POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n");
+    c.send::<OUT>(
+        "HTTP/1.1 100 Continue\r\nConnection: close\r\nKeep-Alive: timeout=1\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n",
+    );
+    let x = c.x();
+    assert_eq!((x.responses, x.status, x.response_connection, x.flags), (0, 0, 0, bit::REQUESTS_IN | bit::HAS_REQUEST));
+    c.send::<IN>("hi").send::<OUT>("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    assert_eq!((c.x().responses, c.x().status, c.x().response_connection), (1, 200, COMPLETE));
+}
+
+#[test]
+fn upgrades() {
+    for (upgrade, expected) in [
+        ("websocket", protocol::WEBSOCKET),
+        ("WebSocket", protocol::WEBSOCKET),
+        ("h2c", protocol::H2),
+        ("foo", protocol::HTTP1),
+        ("foo, h2c", protocol::H2),
+    ] {
+        let mut c = request("GET /chat HTTP/1.1\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n");
+        c.send::<OUT>(format!(
+            "HTTP/1.1 101 Switching\r\nUpgrade: {upgrade}\r\nConnection: Upgrade\r\n\r\nHTTP/1.1 200"
+        ));
+        let x = c.x();
+        assert_eq!((x.protocol, x.status, x.responses), (expected, 101, 1), "{upgrade}");
+        assert_eq!(x.response_connection, token::UPGRADE | COMPLETE);
+        assert!(c.has(bit::UPGRADED | bit::HAS_RESPONSE) && c.http.stopped != 0);
+        c.send::<IN>("\x16\x03GET").send::<OUT>(OK);
+        assert_eq!(bytes_of(&c.x()), bytes_of(&x));
+    }
+}
+
+#[test]
+fn connect_requests() {
+    let head = "CONNECT a:1 HTTP/1.1\r\n\r\n";
+    let mut c = answer_to(head, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n");
+    assert!(c.has(bit::UPGRADED) && !c.has(bit::BODY_INCOMPLETE));
+    c.send::<IN>("\x16\x03\x01");
+    assert!(!c.has(bit::REQUESTS_LOST));
+    // Refused, then tried again.
+    let mut c = answer_to(head, "HTTP/1.1 407 No\r\nContent-Length: 1\r\n\r\n-");
+    c.send::<IN>(head).send::<OUT>("HTTP/1.1 200 OK\r\n\r\n");
+    assert_eq!((c.x().requests, c.x().responses, c.x().status), (2, 2, 200));
+    assert!(c.has(bit::UPGRADED) && !c.has(bit::REQUESTS_LOST));
+    // Data before the answer.
+    let mut c = request(head);
+    c.send::<IN>("data").send::<OUT>("HTTP/1.1 200 OK\r\n\r\n");
+    assert!(c.has(bit::UPGRADED));
+}
+
+#[test]
+fn pipelining() {
+    let mut c = request("GET /1 HTTP/1.1\r\n\r\nHEAD /2 HTTP/1.1\r\n\r\nGET /3 HTTP/1.1\r\nConnection: close\r\n\r\n");
+    assert_eq!((c.x().requests, target(&c.x())), (3, &b"/3"[..]));
+    c.send::<OUT>("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\nKeep-Alive: max=1\r\n\r\nabc");
+    assert_eq!((c.x().responses, c.x().status, c.x().response_connection), (1, 0, 0));
+    assert!(!c.has(bit::HAS_RESPONSE) && !c.has(bit::HAS_MAX));
+    c.send::<OUT>("HTTP/1.1 201 OK\r\nContent-Length: 3\r\n\r\n");
+    assert_eq!((c.x().responses, c.x().status), (2, 0));
+    c.send::<OUT>("HTTP/1.1 202 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    assert_eq!((c.x().responses, c.x().status, c.x().response_connection), (3, 202, CLOSE));
+
+    // A request that begins in the middle of the head, or body, that answers the one before it.
+    let mut c = response("HTTP/1.1 200 OK\r\nConnection: close\r\n");
+    c.send::<IN>("GET /2").send::<OUT>("Connection: keep-alive\r\nContent-Length: 2\r\n\r\n-");
+    assert_eq!((c.x().responses, c.x().response_connection, c.x().status), (1, 0, 0));
+    assert!(c.has(bit::BODY_INCOMPLETE) && !c.has(bit::HAS_RESPONSE));
+    c.send::<IN>(" HTTP/1.1\r\n\r\n").send::<OUT>("-HTTP/1.1 500 X\r\n");
+    assert_eq!((c.x().status, c.x().responses), (500, 1));
+
+    // HEADs are told apart at any depth up to 64.
+    for depth in 1..=65 {
+        let mut c = Connection::new(SERVER);
+        for i in 0..depth {
+            c.send::<IN>(format!("{} / HTTP/1.1\r\n\r\n", if i % 3 == 0 { "HEAD" } else { "GET" }));
+        }
+        for i in 0..depth {
+            c.send::<OUT>(format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+                if i % 3 == 0 { "" } else { "ab" }
+            ));
+        }
+        if depth <= 64 {
+            assert_eq!((c.x().responses, c.x().flags & bit::RESPONSES_LOST), (depth, 0));
+            assert!(!c.has(bit::BODY_INCOMPLETE) && c.has(bit::HAS_RESPONSE));
+        } else {
+            assert!(c.has(bit::RESPONSES_LOST) && !c.has(bit::HAS_RESPONSE));
+        }
+    }
+}
+
+#[test]
+fn a_response_without_a_request() {
+    let mut c = Connection::new(SERVER);
+    c.send::<OUT>("HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 2\r\n\r\n--");
+    assert_eq!((c.x().requests, c.x().responses, c.x().status, c.x().response_connection), (0, 1, 408, CLOSE));
+    assert_eq!(c.x().flags, bit::REQUESTS_IN | bit::HAS_RESPONSE);
+    // It is nobody's answer.
+    c.send::<IN>("HEAD / HTTP/1.1\r\n\r\n").send::<OUT>("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n").send::<OUT>(OK);
+    assert_eq!((c.x().responses, c.x().status), (3, 200));
+    assert!(!c.has(bit::RESPONSES_LOST));
+
+    // Once requests are lost it may answer a HEAD.
+    let mut c = response(OK);
+    c.skip::<IN>(1).send::<IN>("x");
+    assert!(c.has(bit::REQUESTS_LOST));
+    c.send::<OUT>("HTTP/1.1 204 OK\r\n\r\n")
+        .send::<OUT>("HTTP/1.1 201 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n");
+    assert_eq!((c.x().responses, c.x().status, c.x().response_connection), (3, 201, CLOSE));
+    assert!(!c.has(bit::RESPONSES_LOST) && !c.has(bit::BODY_INCOMPLETE));
+    c.send::<OUT>("--");
+    assert!(c.has(bit::RESPONSES_LOST));
+}
+
+#[test]
+fn long_heads() {
+    let cookie = |n: usize| format!("Cookie: {}\r\n", "c=d; ".repeat(n / 5));
+    for n in [100, 2048, 60 << 10] {
+        let head = format!("GET / HTTP/1.1\r\n{}Connection: close\r\n\r\n", cookie(n));
+        assert_eq!(request(&head).x().request_connection, CLOSE);
+        for segment in [1, 7, 100, 1448] {
+            let mut c = Connection::new(SERVER);
+            for part in head.as_bytes().chunks(segment) {
+                c.send::<IN>(part);
+            }
+            assert_eq!((c.x().requests, c.x().request_connection), (1, CLOSE));
+        }
+    }
+    let head = format!("GET / HTTP/1.1\r\n{}Connection: close\r\n\r\n", cookie(70 << 10));
+    for segment in [1, 1448, 1 << 20] {
+        let mut c = Connection::new(SERVER);
+        for part in head.as_bytes().chunks(segment) {
+            c.send::<IN>(part);
+        }
+        assert!(c.has(bit::REQUESTS_LOST | bit::HAS_REQUEST));
+        assert_eq!((c.x().requests, c.x().request_connection & COMPLETE), (0, 0));
+    }
+    // The limit is exact, however the head is cut.
+    for (n, lost) in [(MAX_HEAD as usize, false), (MAX_HEAD as usize + 1, true)] {
+        let head = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(n - 23));
+        assert_eq!(head.len(), n);
+        for segment in [1, 1448, 1 << 20] {
+            let mut c = Connection::new(SERVER);
+            c.send::<IN>("POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").send::<IN>("x".repeat(100_000));
+            for part in head.as_bytes().chunks(segment) {
+                c.send::<IN>(part);
+            }
+            assert_eq!(c.has(bit::REQUESTS_LOST), lost);
+        }
+    }
+    // Too much work for one segment.
+    let c = request(format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{}", "1\r\nx\r\n".repeat(10_000)));
+    assert!(c.has(bit::REQUESTS_LOST));
+}
+
+#[test]
+fn other_protocols() {
+    let first = |role, direction, bytes: &[u8]| {
+        let mut whole = Connection::new(role);
+        whole.send_to(direction, bytes);
+        let mut cut = Connection::new(role);
+        for byte in bytes {
+            cut.send_to(direction, &[*byte]);
+        }
+        assert_eq!(bytes_of(&whole.x()), bytes_of(&cut.x()), "{bytes:?}");
+        (whole.x().protocol, whole.http.stopped != 0)
+    };
+    for role in [0, SERVER, CLIENT] {
+        for direction in [IN, OUT] {
+            assert_eq!(first(role, direction, b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"), (protocol::OTHER, true));
+            assert_eq!(first(role, direction, b"SSH-2.0-Go\r\n"), (protocol::OTHER, true));
+            assert_eq!(first(role, direction, b"220 mail.example.org ESMTP\r\n"), (protocol::OTHER, true));
+            assert_eq!(first(role, direction, b"\x16\x03\x01\x02\x00\x01\x00"), (protocol::TLS, true));
+            assert_eq!(first(role, direction, b"\x16\x03\x04"), (protocol::TLS, true));
+            assert_eq!(first(role, direction, b"\x16\x03\x05"), (protocol::OTHER, true));
+            assert_eq!(first(role, direction, b"\x16\x03"), (protocol::UNDECIDED, false));
+            assert_eq!(first(role, direction, b"*1\r\n$4\r\nPING\r\n"), (protocol::OTHER, true));
+            assert_eq!(first(role, direction, b"\0\0\0"), (protocol::OTHER, true));
+        }
+    }
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04";
+    for role in [0, SERVER] {
+        assert_eq!(first(role, IN, preface), (protocol::H2, true));
+        assert_eq!(first(role, IN, b"PR"), (protocol::UNDECIDED, false));
+        assert_eq!(first(role, IN, b"GET /"), (protocol::UNDECIDED, false));
+        for cut in 1..preface.len() {
+            let mut c = Connection::new(role);
+            c.send::<IN>(&preface[..cut]).send::<IN>(&preface[cut..]);
+            assert_eq!((c.x().protocol, c.x().requests, c.x().method_len, c.x().flags), (protocol::H2, 0, 0, 0));
+        }
+    }
+    assert_eq!(Connection::new(0).x().protocol, protocol::NONE);
+}
+
+#[test]
+fn the_role_is_found() {
+    for role in [0, SERVER] {
+        let mut c = Connection::new(role);
+        c.send::<IN>("HEAD / HTTP/1.1\r\n\r\n").send::<OUT>("HTTP/1.1 200 OK\r\n\r\n");
+        assert!(c.has(bit::REQUESTS_IN) && !c.has(bit::REQUESTS_OUT) && c.x().responses == 1);
+    }
+    for role in [0, CLIENT] {
+        let mut c = Connection::new(role);
+        c.send::<OUT>("H").send::<OUT>("EAD / HTTP/1.1\r\n\r\n").send::<IN>("H").send::<IN>("TTP/1.1 200 OK\r\n\r\n");
+        assert!(c.has(bit::REQUESTS_OUT) && !c.has(bit::REQUESTS_IN) && c.x().responses == 1);
+        assert_eq!(method(&c.x()), b"HEAD");
+    }
+    for (a, b) in
+        [("H", "TTP/1.1 408 X\r\nContent-Length: 0\r\n\r\n"), ("HT", "TP/1.1 408 X\r\nContent-Length: 0\r\n\r\n")]
+    {
+        let mut c = Connection::new(0);
+        c.send::<IN>(a).send::<IN>(b);
+        assert_eq!((c.x().responses, c.x().status), (1, 408));
+        assert!(c.has(bit::REQUESTS_OUT));
+    }
+    // Which direction was lost is known only later.
+    let mut c = Connection::new(0);
+    c.send::<IN>("H").skip::<IN>(3).send::<IN>("x").send::<OUT>("HTTP/1.1 200 OK\r\n\r\n");
+    assert!(c.has(bit::REQUESTS_LOST) && !c.has(bit::RESPONSES_LOST));
+}
+
+#[test]
+fn duplicates_and_overlaps() {
+    let head = b"GET /path HTTP/1.1\r\nConnection: close\r\n\r\n";
+    let mut c = Connection::new(SERVER);
+    c.send::<IN>(&head[..10]);
+    c.at::<IN>(-10, &head[..10]);
+    c.at::<IN>(-5, &head[5..20]);
+    c.skip::<IN>(10).at::<IN>(-20, &head[..20]);
+    c.at::<IN>(-20, head);
+    c.skip::<IN>(head.len() - 20).at::<IN>(-(head.len() as i64), head);
+    c.at::<IN>(-1, b"\n");
+    assert_eq!(
+        (c.x().requests, c.x().request_connection, c.x().flags),
+        (1, CLOSE, bit::REQUESTS_IN | bit::HAS_REQUEST)
+    );
+    assert_eq!(target(&c.x()), b"/path");
+}
+
+#[test]
+fn gaps() {
+    // In a body they are harmless, up to its last byte.
+    for gap in [1, 500, 1000] {
+        let mut c = request("POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
+        c.skip::<IN>(gap);
+        c.send::<IN>([&vec![b'x'; 1000 - gap][..], b"GET /2 HTTP/1.1\r\nConnection: close\r\n\r\n"].concat());
+        assert_eq!((c.x().requests, c.x().request_connection), (2, CLOSE), "{gap}");
+        // The missing part comes late.
+        c.at::<IN>(-1000, &vec![b'y'; gap]);
+        assert_eq!((c.x().requests, c.has(bit::REQUESTS_LOST)), (2, false));
+    }
+    let mut c = request("POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
+    c.skip::<IN>(1001).send::<IN>("ET /2 HTTP/1.1\r\n\r\n");
+    assert!(c.has(bit::REQUESTS_LOST) && c.x().request_connection == 0);
+
+    // In or between heads they are not.
+    let mut c = request("GET / HTTP/1.1\r\nConnection: close\r\nX: ");
+    c.skip::<IN>(1).send::<IN>("\r\n\r\n");
+    assert!(c.has(bit::REQUESTS_LOST));
+    assert_eq!((c.x().requests, c.x().request_connection), (0, token::CLOSE));
+    let mut c = request("GET / HTTP/1.1\r\nConnection: close\r\n\r\n");
+    c.skip::<IN>(100).send::<IN>("GET / HTTP/1.1\r\n\r\n");
+    assert_eq!((c.x().requests, c.x().request_connection), (1, 0));
+
+    // A response that was seen stays the answer; the next request has none.
+    let mut c = response("HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel");
+    c.skip::<OUT>(10).send::<OUT>("x");
+    assert!(c.has(bit::RESPONSES_LOST | bit::HAS_RESPONSE) && !c.has(bit::BODY_INCOMPLETE));
+    assert_eq!((c.x().status, c.x().response_connection), (200, CLOSE));
+    c.send::<IN>("GET / HTTP/1.1\r\n\r\n").send::<OUT>(OK);
+    assert_eq!((c.x().status, c.x().response_connection, c.x().responses), (0, 0, 1));
+    assert!(!c.has(bit::HAS_RESPONSE));
+
+    let mut c = response("HTTP/1.1 200 OK\r\nConn");
+    lose::<OUT>(&mut c.http);
+    c.send::<OUT>("ection: close\r\n\r\n");
+    assert!(c.has(bit::RESPONSES_LOST | bit::HAS_RESPONSE) && c.x().response_connection == 0 && c.x().responses == 0);
+
+    let mut c = request("GET / HTTP/1.1\r\n\r\n");
+    miss::<IN>(&mut c.http);
+    assert!(c.has(bit::REQUESTS_LOST));
+    c.send::<IN>("GET / HTTP/1.1\r\n\r\n");
+    assert_eq!((c.x().requests, c.x().request_connection), (1, 0));
+}
+
+#[test]
+fn the_first_byte_can_be_told() {
+    let mut c = Connection::new(SERVER);
+    sync::<IN>(&mut c.http, c.next[IN]);
+    c.skip::<IN>(1).send::<IN>("GET / HTTP/1.1\r\n\r\n");
+    assert!(c.has(bit::REQUESTS_LOST) && c.x().protocol == protocol::UNDECIDED);
+    let mut c = Connection::new(SERVER);
+    sync::<IN>(&mut c.http, c.next[IN]);
+    sync::<IN>(&mut c.http, 1);
+    c.send::<IN>("GET / HTTP/1.1\r\n\r\n");
+    assert_eq!(c.x().requests, 1);
+}
+
+#[test]
+fn a_connection_older_than_the_programs() {
+    for role in [0, SERVER] {
+        let mut c = Connection::new(role);
+        mid_stream(&mut c.http);
+        c.send::<OUT>("HTTP/1.1 200 OK\r\n\r\n").send::<IN>("Connection: close\r\n\r\nGET / HTTP/1.1\r\n\r\n");
+        c.send::<IN>("GETX / HTTP/1.1\r\n\r\n").send::<OUT>("half a body, GET / HTTP/1.1\r\n\r\n");
+        assert_eq!((c.x().protocol, c.x().flags, c.x().requests), (protocol::UNDECIDED, 0, 0));
+        c.skip::<IN>(1000).send::<IN>("GET a body that begins so\r\n");
+        c.send::<IN>("POST \r\n\r\n");
+        if role == 0 {
+            c.send::<OUT>("DELETE from a, b where c");
+        }
+        assert_eq!((c.x().protocol, c.x().flags, c.x().method_len), (protocol::UNDECIDED, 0, 0));
+        c.send::<IN>("GET /x HT").send::<IN>("TP/1.1\r\nConnection: close\r\n\r\n");
+        assert_eq!((c.x().protocol, c.x().requests, c.x().request_connection), (protocol::HTTP1, 1, CLOSE));
+        c.skip::<OUT>(5).send::<OUT>("rest of a body").send::<OUT>("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n12");
+        c.send::<OUT>("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+        assert_eq!((c.x().responses, c.x().status), (2, 200));
+        assert_eq!(c.x().flags, bit::REQUESTS_IN | bit::HAS_REQUEST | bit::HAS_RESPONSE);
+    }
+}
+
+/// A conversation that uses every phase: direction and bytes of each message.
+fn conversation() -> Vec<(usize, String)> {
+    vec![
+        (IN, "\r\nPOST /up?x=1 HTTP/1.1\r\nHost: example.org\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive\r\nUpgrade-Insecure-Requests: 1\r\n\r\n5;a=b\r\nGET /\r\n1f\r\n\r\nConnection: close\r\n\r\nHTTP/1.1\r\n0\r\nConnection: close\r\n\r\n".into()),
+        (OUT, "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.0 201 Created\r\nKeep-Alive: max=12, timeout=\"345\"\r\nCONNECTION: Keep-Alive\r\nContent-Length: 12\r\nConnection-X: close\r\n\r\nHTTP/1.1 204".into()),
+        (IN, "HEAD /aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa#x HTTP/1.0\r\nX: y\r\nCookie: a\r\nContent-Type: t\r\nConnection: foo,\r\n close\r\nKeep-Alive: timeout=3\r\n\r\n".into()),
+        (OUT, "HTTP/1.1 200 OK\r\nContent-Length: 123456\r\nContent-Length: 123456\r\nconnection:close\r\n\r\n".into()),
+        (IN, "PROPFIND /1234567?89 HTTP/1.1\r\nContent-Length:  3 \r\nConnection: upgrade , keep-alive\r\n\r\nabc".into()),
+        (OUT, "HTTP/1.1 207 Multi\r\nTransfer-Encoding: chunked\r\nTrailer: x\r\nKeep-Alive: timeout=7\r\n\r\n3\r\nabc\r\n0\r\n\r\n".into()),
+        (IN, "GET /last HTTP/1.1\r\nConnection: close\r\n\r\n".into()),
+        (OUT, "HTTP/1.1 101 X\r\nUpgrade: foo, websocket\r\nConnection: Upgrade\r\n\r\n".into()),
+    ]
+}
+
+#[test]
+fn every_cut_gives_the_same() {
+    for role in [0, SERVER] {
+        let mut whole = Connection::new(role);
+        for (done, (direction, bytes)) in conversation().iter().enumerate() {
+            let before = Connection { http: whole.http, next: whole.next };
+            whole.send_to(*direction, bytes.as_bytes());
+            assert_eq!(whole.x().flags & (bit::REQUESTS_LOST | bit::RESPONSES_LOST), 0);
+            assert_eq!((whole.x().requests + whole.x().responses) as usize, done + 1);
+            let bytes = bytes.as_bytes();
+            for a in 0..=bytes.len() {
+                for b in a..=bytes.len() {
+                    let mut cut = Connection { http: before.http, next: before.next };
+                    for part in [&bytes[..a], &bytes[a..b], &bytes[b..]] {
+                        cut.send_to(*direction, part);
+                    }
+                    assert_eq!(bytes_of(&cut.x()), bytes_of(&whole.x()), "{done} {a} {b}");
+                }
+            }
+        }
+        assert_eq!((whole.x().protocol, whole.x().status), (protocol::WEBSOCKET, 101));
+    }
+}
+
+/// The tokens of a head as `httparse` and a plain reading of RFC 9110 §5.6.1 see them.
+fn reference(headers: &[httparse::Header<'_>]) -> u8 {
+    let mut tokens = 0;
+    let mut present = false;
+    for h in headers.iter().filter(|h| h.name.eq_ignore_ascii_case("connection")) {
+        present = true;
+        let value = std::str::from_utf8(h.value).expect("ASCII");
+        for element in value.split(',').map(|e| e.trim_matches([' ', '\t'])).filter(|e| !e.is_empty()) {
+            tokens |= match element.to_ascii_lowercase().as_str() {
+                "close" => token::CLOSE,
+                "keep-alive" => token::KEEP_ALIVE,
+                "upgrade" => token::UPGRADE,
+                _ => token::OTHER,
+            };
+        }
+    }
+    if present && tokens == 0 {
+        tokens = token::OTHER;
+    }
+    tokens | COMPLETE
+}
+
+fn any_case(text: &'static str) -> impl Strategy<Value = String> {
+    proptest::collection::vec(any::<bool>(), text.len())
+        .prop_map(move |up| text.chars().zip(up).map(|(c, up)| if up { c.to_ascii_uppercase() } else { c }).collect())
+}
+
+fn blank() -> impl Strategy<Value = String> {
+    "[ \t]{0,3}"
+}
+
+fn connection_value() -> impl Strategy<Value = String> {
+    let element = prop_oneof![
+        4 => any_case("close"),
+        4 => any_case("keep-alive"),
+        2 => any_case("upgrade"),
+        1 => Just(String::new()),
+        1 => "[a-zA-Z-]{1,20}",
+        1 => "(close|keep-alive)[ \ta-z;=\"]{1,4}",
+    ];
+    proptest::collection::vec((blank(), element, blank()), 0..4)
+        .prop_map(|e| e.into_iter().map(|(a, b, c)| a + &b + &c).collect::<Vec<_>>().join(","))
+}
+
+fn header() -> impl Strategy<Value = String> {
+    prop_oneof![
+        3 => (any_case("connection"), connection_value()).prop_map(|(n, v)| format!("{n}:{v}")),
+        2 => (any_case("content-length"), blank(), 0u64..3_000_000, blank()).prop_map(|(n, a, v, b)| format!("{n}:{a}{v}{b}")),
+        1 => (any_case("content-length"), 0u32..40).prop_map(|(n, v)| format!("{n}: {v}")),
+        1 => (any_case("keep-alive"), "[ a-z0-9=,\"]{0,30}").prop_map(|(n, v)| format!("{n}:{v}")),
+        1 => (any_case("upgrade"), "[ a-z0-9,]{0,30}").prop_map(|(n, v)| format!("{n}:{v}")),
+        2 => "(Con|Cont|Connection|Content-Lengt|Keep-Aliv|Transfer-Encodin|Upgrad|X-Connection)[a-z-]{1,9}: ?close",
+        4 => "[A-Za-z0-9!#$%&'*+.^_`|~-]{1,30}:[ -~]{0,150}",
+    ]
+    .prop_filter("framing is another test's", |h| !h.to_ascii_lowercase().starts_with("transfer-encoding:"))
+}
+
+fn end_of_line() -> impl Strategy<Value = &'static str> {
+    prop_oneof![9 => Just("\r\n"), 1 => Just("\n")]
+}
+
+fn rest_of_head() -> impl Strategy<Value = String> {
+    (proptest::collection::vec((header(), end_of_line()), 0..8), end_of_line())
+        .prop_map(|(lines, end)| lines.into_iter().map(|(h, e)| h + e).collect::<String>() + end)
+}
+
+fn request_head() -> impl Strategy<Value = String> {
+    let method = prop_oneof![
+        Just("GET".to_owned()),
+        Just("HEAD".to_owned()),
+        Just("OPTIONS".to_owned()),
+        "[A-Z!#$%&'*+.^_`|~a-z0-9-]{1,16}"
+    ];
+    let target = prop_oneof!["/[!-~]{0,150}", "[!-~]{1,30}", Just("*".to_owned())];
+    (method, target, 0..2, end_of_line(), rest_of_head())
+        .prop_map(|(m, t, v, e, rest)| format!("{m} {t} HTTP/1.{v}{e}{rest}"))
+}
+
+/// Splits at random places, also into single bytes.
+fn cuts() -> impl Strategy<Value = Vec<usize>> {
+    proptest::collection::vec(prop_oneof![1usize..4, 1usize..40, 1usize..400], 1..40)
+}
+
+fn parts<'a>(mut bytes: &'a [u8], cuts: &'a [usize]) -> impl Iterator<Item = &'a [u8]> {
+    let mut cuts = cuts.iter().cycle();
+    std::iter::from_fn(move || {
+        let n = (*cuts.next()?).min(bytes.len());
+        let (part, rest) = bytes.split_at(n);
+        bytes = rest;
+        (n != 0).then_some(part)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn requests_as_httparse_reads_them(head in request_head(), cuts in cuts()) {
+        let mut headers = [httparse::EMPTY_HEADER; 16];
+        let mut expected = httparse::Request::new(&mut headers);
+        prop_assume!(matches!(expected.parse(head.as_bytes()), Ok(httparse::Status::Complete(n)) if n == head.len()));
+        let mut c = Connection::new(SERVER);
+        for part in parts(head.as_bytes(), &cuts) {
+            c.send::<IN>(part);
+        }
+        let x = c.x();
+        prop_assert_eq!(x.requests, 1);
+        prop_assert_eq!(Some(method(&x)), expected.method.map(str::as_bytes));
+        prop_assert_eq!(Some(x.request_version), expected.version.map(|v| v + 10));
+        prop_assert_eq!(x.request_connection, reference(expected.headers));
+        let path = expected.path.expect("parsed");
+        let path = &path[..path.find(['?', '#']).unwrap_or(path.len())];
+        prop_assert_eq!(target(&x), &path.as_bytes()[..path.len().min(TARGET)]);
+        prop_assert_eq!(c.has(bit::TARGET_TRUNCATED), path.len() > TARGET);
+        // Framing: the next head is found behind the body if, and only if, there is one valid length.
+        let lengths: Vec<Option<u64>> = expected.headers.iter().filter(|h| h.name.eq_ignore_ascii_case("content-length"))
+            .map(|h| std::str::from_utf8(h.value).ok().and_then(|v| v.trim().parse().ok())).collect();
+        let body = lengths.first().copied().flatten().unwrap_or(0);
+        let agree = lengths.iter().all(|&l| l == Some(body));
+        prop_assume!(method(&x) != b"CONNECT" && body < 1 << 20);
+        c.send::<IN>(vec![b'\n'; body as usize]).send::<IN>("GET /next HTTP/1.1\r\n\r\n");
+        prop_assert_eq!(c.x().requests == 2, agree);
+        prop_assert_eq!(c.has(bit::REQUESTS_LOST), !agree);
+    }
+
+    #[test]
+    fn responses_as_httparse_reads_them(
+        version in 0..2, status in 100u16..600, reason in " [ -~]{0,20}", rest in rest_of_head(), cuts in cuts()
+    ) {
+        let head = format!("HTTP/1.{version} {status}{reason}\r\n{rest}");
+        let mut headers = [httparse::EMPTY_HEADER; 16];
+        let mut expected = httparse::Response::new(&mut headers);
+        prop_assume!(matches!(expected.parse(head.as_bytes()), Ok(httparse::Status::Complete(n)) if n == head.len()));
+        let mut c = request("GET / HTTP/1.1\r\n\r\n");
+        for part in parts(head.as_bytes(), &cuts) {
+            c.send::<OUT>(part);
+        }
+        let x = c.x();
+        if status >= 200 || status == 101 {
+            prop_assert_eq!((x.responses, x.status, x.response_version), (1, status, 10 + version as u8));
+            prop_assert_eq!(x.response_connection, reference(expected.headers));
+        } else {
+            prop_assert_eq!((x.responses, x.status, x.response_connection), (0, 0, 0));
+        }
+    }
+
+    #[test]
+    fn segmentation_never_matters(
+        messages in proptest::collection::vec((any::<bool>(), prop_oneof![
+            request_head().prop_map(String::into_bytes),
+            rest_of_head().prop_map(|r| format!("HTTP/1.1 200 OK\r\n{r}").into_bytes()),
+            Just(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n".to_vec()),
+            Just(b"POST / HTTP/1.1\r\nTransfer-Encoding:\tchunked\r\n\r\nA\r\nabcdefghij\r\n0\r\nX: y\r\n\r\n".to_vec()),
+            proptest::collection::vec(any::<u8>(), 0..60),
+        ]), 1..8),
+        role in 0u8..3,
+        hunting in any::<bool>(),
+        cuts in cuts(),
+    ) {
+        // Where a segment begins matters while hunting, so that only the absence of a panic is checked then.
+        let (mut whole, mut cut) = (Connection::new(role), Connection::new(role));
+        if hunting {
+            mid_stream(&mut whole.http);
+            mid_stream(&mut cut.http);
+        }
+        for (ingress, bytes) in &messages {
+            let direction = if *ingress { IN } else { OUT };
+            whole.send_to(direction, bytes);
+            for part in parts(bytes, &cuts) {
+                cut.send_to(direction, part);
+            }
+        }
+        if !hunting {
+            let (whole, cut) = (whole.x(), cut.x());
+            prop_assert_eq!(bytes_of(&whole), bytes_of(&cut));
+        }
+    }
+
+    #[test]
+    fn disorder_never_invents_a_head(
+        segments in proptest::collection::vec((any::<bool>(), -60i64..60, 0usize..400, 1usize..90), 0..30)
+    ) {
+        // Pieces of a valid stream at their true places, in any order: what is answered must be in the stream.
+        let stream = "POST /a HTTP/1.1\r\nConnection: close\r\nContent-Length: 40\r\n\r\nGET /bait HTTP/1.1\r\nConnection: upgrade\r\nGET /b HTTP/1.1\r\nConnection: close\r\n\r\n".repeat(3);
+        let mut c = Connection::new(SERVER);
+        let start = c.next[IN];
+        sync::<IN>(&mut c.http, start);
+        let mut at = 0i64;
+        for (jump, by, _, len) in segments {
+            let from = (at + if jump { by } else { 0 }).clamp(0, stream.len() as i64) as usize;
+            let to = (from + len).min(stream.len());
+            c.segment::<IN>(start.wrapping_add(from as u32), &stream.as_bytes()[from..to]);
+            at = to as i64;
+        }
+        let x = c.x();
+        prop_assert!(x.request_connection & COMPLETE == 0 || x.request_connection == CLOSE);
+        prop_assert!(x.request_connection & token::UPGRADE == 0);
+        prop_assert!(!c.has(bit::HAS_REQUEST) || b"/a".starts_with(target(&x)) || b"/b".starts_with(target(&x)));
+        prop_assert!(!c.has(bit::REQUESTS_LOST) || x.request_connection & COMPLETE == 0);
+    }
+}

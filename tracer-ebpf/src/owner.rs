@@ -1,0 +1,232 @@
+//! Who owns a socket, and who closed it.
+//!
+//! The current task is the owner only where a system call is at work: `connect`, `close` and `shutdown`, `recvmsg`.
+//! Everything else runs in softirq on top of whatever was running, on loopback the other end's process. A wrong process
+//! is worse than none.
+
+use aya_ebpf::cty::{c_int, c_void};
+use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_from_file};
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use aya_log_ebpf::warn;
+use tracer_ebpf::{TICK_NS, Task, flag, source};
+
+use crate::conn::{self, Conn, EXITED, PIDS, mark};
+use crate::sock::{self, Sock, Who, load, tcp};
+use crate::traffic;
+
+/// Learns what a transition tells of owner and closer.
+///
+/// # Safety
+/// `sk` is a BTF pointer to a TCP `struct sock`.
+#[inline(always)]
+pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32) {
+    let by_close = match (old, new) {
+        (_, tcp::SYN_SENT) => {
+            // SAFETY: by the caller's word, here and below.
+            if unsafe { sock::locked_by_process(sk) } {
+                let mut task = Task::NONE;
+                if unsafe { sock::process(sock::current(), &raw mut task) } != Who::Kernel {
+                    own(conn, &task, source::CONNECT);
+                }
+            }
+            return;
+        }
+        (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::FIN_WAIT1 | tcp::LAST_ACK) => true,
+        // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear; or `tcp_abort`.
+        (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT | tcp::FIN_WAIT1 | tcp::FIN_WAIT2, tcp::CLOSE) => {
+            let err = unsafe { sock::sk_err(sk) };
+            conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || err == sock::ECONNABORTED)
+        }
+        _ => false,
+    };
+    if !by_close || !unsafe { sock::locked_by_process(sk) } {
+        return;
+    }
+    let mut task = Task::NONE;
+    match unsafe { sock::process(sock::current(), &raw mut task) } {
+        Who::Kernel => {
+            // The last reference was dropped by a worker: after an exit, for example through io_uring.
+            if exited(&conn.owner) {
+                conn.flags |= flag::CLOSED_BY_EXIT;
+            }
+            return;
+        }
+        Who::Exiting => conn.flags |= flag::CLOSED_BY_EXIT,
+        Who::Process => {}
+    }
+    // SAFETY: both are four words.
+    unsafe { conn::copy_words::<4>((&raw mut conn.closer).cast(), (&raw const task).cast()) };
+    if conn.owner_source == source::NONE || conn.owner.tgid == task.tgid {
+        // Also renews the name of an owner that has called `exec` since.
+        let by = if conn.owner_source == source::NONE { source::CLOSE } else { conn.owner_source };
+        own(conn, &task, by);
+    } else if conn::pid_asked(&task) {
+        conn.marks |= mark::PID_MATCHED;
+    }
+}
+
+/// Makes `task` the owner.
+#[inline(always)]
+fn own(conn: &mut Conn, task: &Task, by: u8) {
+    // SAFETY: both are four words.
+    unsafe { conn::copy_words::<4>((&raw mut conn.owner).cast(), (&raw const *task).cast()) };
+    conn.owner_source = by;
+    if conn::pid_asked(task) {
+        conn.marks |= mark::PID_MATCHED;
+    } else {
+        conn.marks &= !mark::PID_MATCHED;
+    }
+}
+
+#[inline(always)]
+fn exited(task: &Task) -> bool {
+    // SAFETY: the value is read at once.
+    match unsafe { EXITED.get(task.tgid) } {
+        Some(start_ns) => *start_ns == task.start_ns,
+        None => false,
+    }
+}
+
+/// `trace_tcp_rcv_space_adjust(struct sock *sk)`: a reader has copied data out of the socket.
+/// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/tcp_input.c#L717>
+#[btf_tracepoint(function = "tcp_rcv_space_adjust")]
+fn tcp_rcv_space_adjust(ctx: BtfTracePointContext) -> i32 {
+    let sk: Sock = ctx.arg::<*mut _>(0);
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
+    unsafe {
+        let Some(conn) = conn::get(sk) else { return 0 };
+        let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+        if conn.owner_source == source::READ && conn.owner.tgid == tgid {
+            return 0;
+        }
+        // `tcp_read_sock` reads in softirq for kernel TLS and sockmap: no process there.
+        if !sock::locked_by_process(sk) {
+            return 0;
+        }
+        let mut task = Task::NONE;
+        if sock::process(sock::current(), &raw mut task) == Who::Process {
+            own(conn, &task, source::READ);
+        }
+    }
+    0
+}
+
+/// `trace_sched_process_exit(struct task_struct *p[, bool group_dead])`: before the files of the process are closed.
+/// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sched.h#L331>
+#[btf_tracepoint(function = "sched_process_exit")]
+fn sched_process_exit(ctx: BtfTracePointContext) -> i32 {
+    let task: *mut c_void = ctx.arg(0);
+    // SAFETY: argument 0 is a BTF pointer to a `struct task_struct`.
+    unsafe {
+        let signal = load!(task, signal, *mut c_void);
+        if load!(signal, signal_live, u32) != 0 {
+            return 0;
+        }
+        let leader = load!(task, group_leader, *mut c_void);
+        let start_ns = load!(leader, start_boottime, u64);
+        // Full is no matter: the least recently used entry makes room.
+        let _ = EXITED.insert(load!(task, tgid, u32), start_ns, 0);
+    }
+    0
+}
+
+/// `trace_sched_process_fork(struct task_struct *parent, struct task_struct *child)`; attached for `--pid` only.
+/// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sched.h#L395>
+#[btf_tracepoint(function = "sched_process_fork")]
+fn sched_process_fork(ctx: BtfTracePointContext) -> i32 {
+    let (parent, child): (*mut c_void, *mut c_void) = (ctx.arg(0), ctx.arg(1));
+    // SAFETY: both are BTF pointers to a `struct task_struct`.
+    unsafe {
+        let (mut of_parent, mut of_child) = (Task::NONE, Task::NONE);
+        sock::process(parent, &raw mut of_parent);
+        if !conn::pid_asked(&of_parent) {
+            return 0;
+        }
+        sock::process(child, &raw mut of_child);
+        if of_child.tgid != of_parent.tgid && PIDS.insert(of_child.tgid, of_child.start_ns / TICK_NS, 0).is_err() {
+            warn!(&ctx, "--pid follows at most 16384 processes: {} is left out", of_child.tgid);
+        }
+    }
+    0
+}
+
+/// `trace_sched_process_free(struct task_struct *p)`: after its files were closed; attached for `--pid` only.
+/// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sched.h#L324>
+#[btf_tracepoint(function = "sched_process_free")]
+fn sched_process_free(ctx: BtfTracePointContext) -> i32 {
+    let task: *mut c_void = ctx.arg(0);
+    // SAFETY: argument 0 is a BTF pointer to a `struct task_struct`.
+    unsafe {
+        let (pid, tgid) = (load!(task, pid, u32), load!(task, tgid, u32));
+        if pid == tgid
+            && let Some(start) = PIDS.get(tgid)
+            && *start == load!(task, start_boottime, u64) / TICK_NS
+        {
+            // Gone already: nothing to remove.
+            let _ = PIDS.remove(tgid);
+        }
+    }
+    0
+}
+
+/// `struct bpf_iter__task_file`: a process and one of its open files, either NULL at the end of the walk.
+/// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/task_iter.c#L363>
+#[repr(C)]
+struct TaskFile {
+    meta: *mut c_void,
+    task: *mut c_void,
+    fd: u64,
+    file: *mut c_void,
+}
+
+/// Walks every open file of every process, in all network namespaces: the owners of what was open before the start.
+#[unsafe(link_section = "iter/task_file")]
+#[unsafe(no_mangle)]
+extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
+    // SAFETY: the kernel passes a `struct bpf_iter__task_file`; both pointers are checked, and what is read from them is
+    // read at BTF offsets.
+    unsafe {
+        let (task, file) = ((*ctx).task, (*ctx).file);
+        if task.is_null() || file.is_null() {
+            return 0;
+        }
+        let socket = bpf_sock_from_file(file.cast()).cast::<c_void>();
+        if socket.is_null() {
+            return 0;
+        }
+        let sk = load!(socket, socket_sk, *mut c_void);
+        if sk.is_null() || !sock::is_tcp(sk) {
+            return 0;
+        }
+        let state = sock::state(sk);
+        if state == tcp::LISTEN || state == tcp::CLOSE {
+            return 0;
+        }
+        let (local, remote) = sock::ports(sk);
+        if !conn::port_passes(local, remote) {
+            return 0;
+        }
+        let Some(conn) = conn::get_or_create(sk) else { return 0 };
+        if conn.marks & mark::READY == 0 {
+            let now = conn::now();
+            conn.marks |= mark::READY;
+            traffic::begin(conn);
+            conn.cookie = bpf_get_socket_cookie(sk);
+            traffic::started_before(conn, now);
+            conn.push_state(state, now);
+        }
+        let mut found = Task::NONE;
+        if sock::process(task, &raw mut found) != Who::Process {
+            return 0;
+        }
+        if conn.owner_source == source::NONE {
+            own(conn, &found, source::OPEN_FILES);
+        } else if conn.owner_source == source::OPEN_FILES && conn::pid_asked(&found) {
+            // Shared by several processes; the one that was asked for holds it as well.
+            own(conn, &found, source::OPEN_FILES);
+        }
+    }
+    0
+}

@@ -1,0 +1,122 @@
+//! Runs the head scanner on the payload of a segment.
+//!
+//! What comes in: a packet, and the scanner's state of its connection in map memory. What goes out: that state, changed.
+//! A segment that lies inside a body costs no more than [`head::enter`]. Everything that the loop changes is in map
+//! memory: what is on the stack the verifier would follow exactly, step by step. The window alone is on the stack, filled
+//! by a helper, which the verifier takes for unknown bytes.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::generated::{bpf_loop, bpf_skb_load_bytes},
+};
+use tracer_ebpf::head::{self, Http};
+
+/// What one step of the loop is given.
+#[repr(C)]
+struct Context {
+    skb: *mut __sk_buff,
+    http: *mut Http,
+    payload_at: u32,
+    /// 1: done; 0: the steps did not suffice, or the payload could not be read.
+    finished: u32,
+    window: [u64; head::WINDOW_WORDS],
+}
+
+/// Scans `len` bytes of payload that begin at `payload_at` of the packet and at `seq` of the stream, in direction `D`.
+///
+/// # Safety
+/// `skb` is the context of the running program and `http` its socket's state, in map memory.
+#[inline(always)]
+pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, seq: u32, len: u32, http: *mut Http) {
+    // SAFETY: valid as the caller says. The other direction may change what the two share at the same time, in the way
+    // that `Http` describes.
+    let state = unsafe { &mut *http };
+    let busy = &raw mut state.streams[D].busy;
+    // Sending is serialised by the socket's lock, receiving is not.
+    // SAFETY: an aligned word of `state`.
+    if D == head::INGRESS && unsafe { take(busy) } != 0 {
+        head::miss::<D>(state);
+        return;
+    }
+    if head::enter::<D>(state, seq, len) {
+        // SAFETY: as the caller says.
+        unsafe { run::<D>(skb, payload_at, state) };
+    }
+    if D == head::INGRESS {
+        // SAFETY: an aligned word of `state`. Volatile, so that it comes last.
+        unsafe { busy.write_volatile(0) };
+    }
+}
+
+/// Sets a word to 1, atomically: what it was. (The target has no 32-bit atomics but in assembly.)
+#[inline(always)]
+unsafe fn take(word: *mut u32) -> u32 {
+    let mut one = 1u32;
+    // SAFETY: an exchange of a register and the word, which the caller vouches for.
+    unsafe { core::arch::asm!("{0} = xchg32_32({1} + 0, {0})", inout(wreg) one, in(reg) word, options(nostack)) };
+    one
+}
+
+/// The loop, with its window in a stack frame of its own.
+#[inline(always)]
+unsafe fn run<const D: usize>(skb: *mut __sk_buff, payload_at: u32, http: &mut Http) {
+    let mut context = core::mem::MaybeUninit::<Context>::uninit();
+    let context = context.as_mut_ptr();
+    // SAFETY: every field of `context` is written before it is read. Volatile words: an array copy becomes a loop.
+    unsafe {
+        (*context).skb = skb;
+        (*context).http = http;
+        (*context).payload_at = payload_at;
+        (*context).finished = 0;
+        let window = (&raw mut (*context).window).cast::<u64>();
+        macro_rules! zero {
+            ($($i:literal)*) => { $(window.add($i).write_volatile(0);)* };
+        }
+        zero!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
+        bpf_loop(head::MAX_STEPS, step::<D> as *mut c_void, context.cast(), 0);
+        let finished = (&raw const (*context).finished).read_volatile() != 0;
+        head::leave::<D>(http, finished);
+    }
+}
+
+/// One turn: 1 ends the loop.
+#[inline(never)]
+unsafe extern "C" fn step<const D: usize>(_turn: u32, context: *mut Context) -> i64 {
+    // SAFETY: `run` passes its own context, which outlives the loop; a load is bounded by the size of the window.
+    unsafe {
+        let http = &mut *(*context).http;
+        let window = (&raw mut (*context).window).cast::<u64>();
+        if let Some((at, n)) = head::refill::<D>(http) {
+            let n = bounded(n);
+            if bpf_skb_load_bytes((*context).skb.cast(), (*context).payload_at + at, window.cast(), n) != 0 {
+                return 1;
+            }
+        }
+        if head::step::<D>(http, window) {
+            return 0;
+        }
+        (&raw mut (*context).finished).write_volatile(1);
+        1
+    }
+}
+
+/// A size of 1 to [`head::WINDOW`], so that the verifier sees it.
+#[inline(always)]
+fn bounded(n: u32) -> u32 {
+    let mut n = n as u64;
+    // SAFETY: registers and constants only, and the jumps stay inside.
+    unsafe {
+        core::arch::asm!(
+            "if {0} > 0 goto +1",
+            "{0} = 1",
+            "if {0} < {1} goto +1",
+            "{0} = {1}",
+            inout(reg) n,
+            const head::WINDOW,
+            options(pure, nomem, nostack)
+        );
+    }
+    n as u32
+}

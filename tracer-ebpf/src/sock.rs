@@ -1,0 +1,281 @@
+//! Reading kernel structs: sockets and tasks, at the offsets that user space took from the kernel's BTF.
+//!
+//! rustc emits no CO-RE relocations. [`OFFSETS`] is frozen before the programs are loaded, so the verifier knows every
+//! value and accepts plain loads through BTF pointers at them; a member that this kernel lacks is `u32::MAX`, and the
+//! code that would read it is dead to the verifier.
+
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_skc_to_tcp_sock};
+use tracer_ebpf::{Config, Offsets, Record, Task};
+
+use crate::conn::copy_words;
+
+/// See [`Offsets`]; overridden before the load.
+#[unsafe(no_mangle)]
+pub(crate) static OFFSETS: Offsets = {
+    // SAFETY: `Offsets` is a struct of `u32`s, for which any bytes are valid.
+    unsafe { core::mem::transmute([u32::MAX; size_of::<Offsets>() / 4]) }
+};
+
+/// See [`Config`]; overridden before the load.
+#[unsafe(no_mangle)]
+static CONFIG: Config = Config { filters: 0, states: 0, full_target: 0, _pad: 0 };
+
+/// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
+#[inline(always)]
+pub(crate) fn frozen(member: &u32) -> u32 {
+    // SAFETY: a reference can be read.
+    unsafe { core::ptr::read_volatile(member) }
+}
+
+/// The value of one member of [`OFFSETS`].
+macro_rules! offset {
+    ($member:ident) => {
+        $crate::sock::frozen(&$crate::sock::OFFSETS.$member)
+    };
+}
+
+/// Loads a `$type` from member `$member` of the kernel struct at `$base`.
+macro_rules! load {
+    ($base:expr, $member:ident, $type:ty) => {
+        core::ptr::read_volatile($base.cast::<u8>().add($crate::sock::offset!($member) as usize).cast::<$type>())
+    };
+}
+
+/// [`tracer_ebpf::filter`] bits that are on.
+#[inline(always)]
+pub(crate) fn config_filters() -> u32 {
+    frozen(&CONFIG.filters)
+}
+
+/// Whether every transition makes a record.
+#[inline(always)]
+pub(crate) fn config_states() -> bool {
+    frozen(&CONFIG.states) != 0
+}
+
+/// Whether the query string of a target is kept.
+#[inline(always)]
+pub(crate) fn config_full_target() -> bool {
+    frozen(&CONFIG.full_target) != 0
+}
+
+/// `struct sock *`, a BTF pointer.
+pub(crate) type Sock = *mut c_void;
+
+/// TCP states, `include/net/tcp_states.h`.
+pub(crate) mod tcp {
+    pub(crate) const ESTABLISHED: i32 = 1;
+    pub(crate) const SYN_SENT: i32 = 2;
+    pub(crate) const SYN_RECV: i32 = 3;
+    pub(crate) const FIN_WAIT1: i32 = 4;
+    pub(crate) const FIN_WAIT2: i32 = 5;
+    pub(crate) const CLOSE: i32 = 7;
+    pub(crate) const CLOSE_WAIT: i32 = 8;
+    pub(crate) const LAST_ACK: i32 = 9;
+    pub(crate) const LISTEN: i32 = 10;
+}
+
+const IPPROTO_TCP: u32 = 6;
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+/// `include/linux/sched.h`: the task is shutting down.
+const PF_EXITING: u32 = 0x4;
+/// `include/linux/sched.h`: a kernel thread.
+const PF_KTHREAD: u32 = 0x0020_0000;
+/// `include/uapi/asm-generic/errno.h`
+pub(crate) const ECONNABORTED: u32 = 103;
+
+/// # Safety
+/// `sk` is a BTF pointer to a `struct sock`.
+#[inline(always)]
+pub(crate) unsafe fn is_tcp(sk: Sock) -> bool {
+    // SAFETY: by the caller's word, and `OFFSETS` is this kernel's.
+    unsafe {
+        let family = load!(sk, skc_family, u16);
+        if family != AF_INET && family != AF_INET6 {
+            return false;
+        }
+        let protocol = if offset!(sk_protocol_size) == 1 {
+            u32::from(load!(sk, sk_protocol, u8))
+        } else {
+            u32::from(load!(sk, sk_protocol, u16))
+        };
+        protocol == IPPROTO_TCP
+    }
+}
+
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn state(sk: Sock) -> i32 {
+    // SAFETY: by the caller's word.
+    unsafe { i32::from(load!(sk, skc_state, u8)) }
+}
+
+/// Whether a process holds the socket's lock. In softirq it does not: what arrives while it is held goes to the backlog.
+/// So where this is true the current task is the one that makes a system call on the socket.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn locked_by_process(sk: Sock) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe { load!(sk, sk_lock_owned, u32) != 0 }
+}
+
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn sk_err(sk: Sock) -> u32 {
+    // SAFETY: by the caller's word.
+    unsafe { load!(sk, sk_err, u32) }
+}
+
+/// The peer's FIN was processed: `tcp_fin()` sets `SOCK_DONE`, and nothing else in TCP does.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn fin_processed(sk: Sock) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe { load!(sk, skc_flags, u64) >> offset!(sock_done) & 1 != 0 }
+}
+
+/// Local and remote port, host byte order. Of a socket in CLOSE `skc_num` is already 0, `inet_sport` is not.
+///
+/// # Safety
+/// As for [`is_tcp`], and the socket is a full one.
+#[inline(always)]
+pub(crate) unsafe fn ports(sk: Sock) -> (u16, u16) {
+    // SAFETY: by the caller's word; the helper answers NULL for what is no full TCP socket.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        if tp.is_null() {
+            return (0, 0);
+        }
+        (u16::from_be(load!(tp, inet_sport, u16)), u16::from_be(load!(sk, skc_dport, u16)))
+    }
+}
+
+/// The next sequence number expected from the peer; `None` if `sk` is no full TCP socket.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn rcv_nxt(sk: Sock) -> Option<u32> {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        if tp.is_null() { None } else { Some(load!(tp, rcv_nxt, u32)) }
+    }
+}
+
+/// How many TIME_WAIT sockets a network namespace has, compared with how many it may have.
+pub(crate) enum TimeWaitTable {
+    Room,
+    Full,
+    Unknown,
+}
+
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn time_wait_table(sk: Sock) -> TimeWaitTable {
+    if offset!(tw_count) == u32::MAX || offset!(max_tw_buckets) == u32::MAX {
+        return TimeWaitTable::Unknown;
+    }
+    // SAFETY: by the caller's word; `skc_net` points to a live namespace while the socket lives.
+    unsafe {
+        let net = load!(sk, skc_net, *mut c_void);
+        let count = load!(net, tw_count, u32).wrapping_sub(offset!(tw_count_bias));
+        // This socket's own mini-socket is counted by now: below the limit, it was made; at the limit, it was the last
+        // one or the first to be refused.
+        if count < load!(net, max_tw_buckets, u32) { TimeWaitTable::Room } else { TimeWaitTable::Full }
+    }
+}
+
+/// Writes addresses, ports, namespace, byte counts and error of `sk` into `record`.
+///
+/// # Safety
+/// As for [`is_tcp`]; `record` may be written.
+#[inline(always)]
+pub(crate) unsafe fn describe(sk: Sock, fin_received: bool, record: *mut Record) {
+    // SAFETY: by the caller's word; every store is to a member of `record`.
+    unsafe {
+        let (local, remote) = ((&raw mut (*record).local).cast::<u64>(), (&raw mut (*record).remote).cast::<u64>());
+        if load!(sk, skc_family, u16) == AF_INET6 && offset!(skc_v6_daddr) != u32::MAX {
+            (*record).family = 6;
+            let from = sk.cast::<u8>().add(offset!(skc_v6_rcv_saddr) as usize).cast::<u64>();
+            copy_words::<2>(local, from);
+            let from = sk.cast::<u8>().add(offset!(skc_v6_daddr) as usize).cast::<u64>();
+            copy_words::<2>(remote, from);
+        } else {
+            (*record).family = 4;
+            local.write_volatile(u64::from(load!(sk, skc_rcv_saddr, u32)));
+            local.add(1).write_volatile(0);
+            remote.write_volatile(u64::from(load!(sk, skc_daddr, u32)));
+            remote.add(1).write_volatile(0);
+        }
+        (*record).remote_port = u16::from_be(load!(sk, skc_dport, u16));
+        (*record).bound_dev = load!(sk, skc_bound_dev_if, u32);
+        (*record).sk_err = sk_err(sk) as u16;
+        let net = load!(sk, skc_net, *mut c_void);
+        (*record).netns = load!(net, net_inum, u32);
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        if tp.is_null() {
+            (*record).local_port = 0;
+            (*record).rx_bytes = 0;
+            (*record).tx_bytes = 0;
+        } else {
+            (*record).local_port = u16::from_be(load!(tp, inet_sport, u16));
+            // The FIN takes a sequence number, and `bytes_received` counts those.
+            let received = load!(tp, bytes_received, u64);
+            (*record).rx_bytes = received.wrapping_sub(u64::from(fin_received && received != 0));
+            (*record).tx_bytes = load!(tp, bytes_sent, u64).wrapping_sub(load!(tp, bytes_retrans, u64));
+        }
+    }
+}
+
+/// What kind of task a [`Task`] was taken from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Who {
+    /// A process.
+    Process,
+    /// A process that is exiting.
+    Exiting,
+    /// A kernel thread; the [`Task`] is not written.
+    Kernel,
+}
+
+/// The current task, a BTF pointer.
+#[inline(always)]
+pub(crate) fn current() -> *mut c_void {
+    // SAFETY: the helper takes nothing and always answers a task.
+    unsafe { bpf_get_current_task_btf().cast() }
+}
+
+/// Writes the process of `task` to `out`.
+///
+/// # Safety
+/// `task` is a BTF pointer to a `struct task_struct`; `out` may be written.
+#[inline(always)]
+pub(crate) unsafe fn process(task: *mut c_void, out: *mut Task) -> Who {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let flags = load!(task, task_flags, u32);
+        if flags & PF_KTHREAD != 0 {
+            return Who::Kernel;
+        }
+        let leader = load!(task, group_leader, *mut c_void);
+        (&raw mut (*out).start_ns).write_volatile(load!(leader, start_boottime, u64));
+        (&raw mut (*out).tgid).write_volatile(load!(task, tgid, u32));
+        let cred = load!(task, cred, *mut c_void);
+        (&raw mut (*out).uid).write_volatile(load!(cred, cred_uid, u32));
+        let comm = leader.cast::<u8>().add(offset!(comm) as usize).cast::<u64>();
+        copy_words::<2>((&raw mut (*out).comm).cast(), comm);
+        if flags & PF_EXITING != 0 { Who::Exiting } else { Who::Process }
+    }
+}
+
+pub(crate) use {load, offset};

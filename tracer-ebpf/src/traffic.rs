@@ -1,0 +1,257 @@
+//! The packets of every socket: HTTP heads, who sent the first FIN, the last activity.
+//!
+//! Attached at the cgroup-v2 root, where the packets of all sockets of all network namespaces pass: at ingress before TCP
+//! sees them (so with duplicates and gaps), at egress with retransmissions. Most packets cost a few instructions: a pure
+//! ACK is done after its header. Every path answers 1: the packet passes.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
+use aya_ebpf::macros::cgroup_skb;
+use aya_ebpf::programs::SkBuffContext;
+use tracer_ebpf::head::{self, EGRESS, INGRESS, clamp};
+use tracer_ebpf::{first_end, flag, role};
+
+use crate::conn::{self, Conn, HANDOVER, mark};
+use crate::sock::tcp;
+use crate::{scan, sock};
+
+/// `BPF_CGROUP_INET_INGRESS` and `BPF_CGROUP_INET_EGRESS`: pass.
+const PASS: i32 = 1;
+
+const FIN: u8 = 1 << 0;
+const SYN: u8 = 1 << 1;
+const RST: u8 = 1 << 2;
+
+const IPPROTO_TCP: u8 = 6;
+
+/// `BPF_CGROUP_INET_INGRESS`; the listener is the socket of a segment that completes a handshake.
+/// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/cgroup.c#L1352>
+#[cgroup_skb]
+fn ingress(ctx: SkBuffContext) -> i32 {
+    // SAFETY: the context of a `cgroup_skb` program.
+    unsafe { packet::<INGRESS>(ctx.skb.skb) };
+    PASS
+}
+
+/// `BPF_CGROUP_INET_EGRESS`
+#[cgroup_skb]
+fn egress(ctx: SkBuffContext) -> i32 {
+    // SAFETY: the context of a `cgroup_skb` program.
+    unsafe { packet::<EGRESS>(ctx.skb.skb) };
+    PASS
+}
+
+/// A TCP segment, as its headers say.
+struct Segment {
+    /// Offset of the payload in the packet.
+    payload_at: u32,
+    /// Bytes of payload.
+    len: u32,
+    /// Sequence number of the first byte of payload.
+    seq: u32,
+    ack: u32,
+    flags: u8,
+    source_port: u16,
+    dest_port: u16,
+}
+
+impl Segment {
+    /// The sequence number after its payload and FIN.
+    #[inline(always)]
+    fn end(&self) -> u32 {
+        self.seq.wrapping_add(self.len).wrapping_add(u32::from(self.flags & FIN != 0))
+    }
+}
+
+/// Reads the headers, which are in the linear part of the packet.
+///
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program.
+#[inline(always)]
+unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
+    // SAFETY: by the caller's word; every load from the packet is checked against its end first.
+    unsafe {
+        let (data, end) = ((*skb).data as usize, (*skb).data_end as usize);
+        if data + 40 > end {
+            return None;
+        }
+        let first = *(data as *const u8);
+        let (header, at) = if first == 0x45 {
+            if *((data + 9) as *const u8) != IPPROTO_TCP {
+                return None;
+            }
+            (data + 20, 20)
+        } else if first >> 4 == 6 {
+            if data + 60 > end || *((data + 6) as *const u8) != IPPROTO_TCP {
+                // Extension headers are rare in front of TCP; such a segment counts as not seen.
+                return None;
+            }
+            (data + 40, 40)
+        } else if first >> 4 == 4 {
+            // IPv4 with options.
+            if *((data + 9) as *const u8) != IPPROTO_TCP {
+                return None;
+            }
+            let ip = clamp::<15>(u64::from(first)) as usize * 4;
+            if ip < 20 || data + ip + 20 > end {
+                return None;
+            }
+            (data + ip, ip as u32)
+        } else {
+            return None;
+        };
+        let word = |offset: usize| u32::from_be(((header + offset) as *const u32).read_unaligned());
+        let flags = *((header + 13) as *const u8);
+        let payload_at = at + u32::from(*((header + 12) as *const u8) >> 4) * 4;
+        let ports = word(0);
+        Some(Segment {
+            payload_at,
+            len: (*skb).len.saturating_sub(payload_at),
+            seq: word(4).wrapping_add(u32::from(flags & SYN != 0)),
+            ack: word(8),
+            flags,
+            source_port: (ports >> 16) as u16,
+            dest_port: ports as u16,
+        })
+    }
+}
+
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program.
+#[inline(always)]
+unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
+    // SAFETY: by the caller's word; `sk` is checked before its use.
+    unsafe {
+        let Some(segment) = segment(skb) else { return };
+        let carries = segment.len != 0 || segment.flags & (FIN | RST) != 0;
+        if DIRECTION == EGRESS && !carries {
+            return;
+        }
+        let sk = (*skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return;
+        }
+        if DIRECTION == INGRESS {
+            if (*sk).state == tcp::LISTEN as u32 {
+                listener(skb, &segment);
+                return;
+            }
+            if !carries {
+                return;
+            }
+        }
+        if !conn::port_passes(segment.source_port, segment.dest_port) {
+            return;
+        }
+        let Some(conn) = conn::get_or_create(sk.cast()) else { return };
+        let now = conn::now();
+        if conn.marks & mark::READY == 0 {
+            conn.marks |= mark::READY;
+            begin(conn);
+            conn.cookie = bpf_get_socket_cookie(skb.cast());
+            // Data can come before the transition to ESTABLISHED: with TCP Fast Open.
+            let state = (*sk).state;
+            if state != tcp::SYN_SENT as u32 && state != tcp::SYN_RECV as u32 {
+                started_before(conn, now);
+                conn.push_state(state as i32, now);
+            }
+        }
+        if segment.len != 0 {
+            conn.payload_ns = now;
+            scan::scan::<DIRECTION>(skb, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
+        }
+        if segment.flags & (FIN | RST) != 0 {
+            if DIRECTION == INGRESS {
+                end_arrives(conn, &segment, now);
+            } else {
+                end_leaves(conn, &segment, now);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn end_arrives(conn: &mut Conn, segment: &Segment, now: u64) {
+    if segment.flags & RST != 0 {
+        // Whether TCP takes it, `tcp_receive_reset` tells.
+        conn.marks |= mark::RST_SEEN;
+        return;
+    }
+    if conn.marks & mark::FIN_SEEN == 0 {
+        conn.marks |= mark::FIN_SEEN;
+        conn.fin_seen_end = segment.end();
+        if conn.flags & flag::FIN_SENT != 0 && before(segment.ack, conn.fin_sent_end) {
+            conn.flags |= flag::FINS_CROSSED;
+        }
+    }
+    conn.first_end(first_end::REMOTE, now);
+}
+
+#[inline(always)]
+fn end_leaves(conn: &mut Conn, segment: &Segment, now: u64) {
+    if segment.flags & FIN != 0 && conn.flags & flag::FIN_SENT == 0 {
+        conn.flags |= flag::FIN_SENT;
+        conn.fin_sent_end = segment.end();
+        if conn.marks & mark::FIN_SEEN != 0 && before(segment.ack, conn.fin_seen_end) {
+            conn.flags |= flag::FINS_CROSSED;
+        }
+    }
+    conn.first_end(first_end::LOCAL, now);
+}
+
+/// Whether sequence number `a` comes before `b`. A FIN that does not acknowledge the other end's was sent without
+/// knowledge of it: the close is simultaneous.
+#[inline(always)]
+fn before(a: u32, b: u32) -> bool {
+    (a.wrapping_sub(b) as i32) < 0
+}
+
+/// A segment whose socket is still the listener: it completes a handshake, or opens one. With `TCP_DEFER_ACCEPT`, TCP
+/// Fast Open or a lost ACK it carries the first request. In the same softirq, before any other segment on this CPU, TCP
+/// clones the new socket, and `close` hands over what is read here.
+///
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program.
+#[inline(always)]
+unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
+    let Some(handover) = HANDOVER.get_ptr_mut(0) else { return };
+    // SAFETY: a slot of this CPU; only softirq uses it, which does not nest.
+    unsafe {
+        (*handover).valid = 0;
+        if segment.len == 0 || !conn::port_passes(segment.source_port, segment.dest_port) {
+            return;
+        }
+        (*handover).payload_ns = conn::now();
+        conn::clear_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>((&raw mut (*handover).http).cast());
+        (*handover).seq = segment.seq;
+        (*handover).http.full_target = u8::from(sock::config_full_target());
+        head::role(&mut (*handover).http, role::SERVER);
+        scan::scan::<INGRESS>(skb, segment.payload_at, segment.seq, segment.len, &raw mut (*handover).http);
+        (*handover).valid = 1;
+    }
+}
+
+/// The handshake is complete: the first byte of the peer will be, or was, `rcv_nxt`.
+#[inline(always)]
+pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32) {
+    head::role(&mut conn.http, conn.role);
+    head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
+    if conn.marks & mark::HANDED_OVER != 0 && (rcv_nxt.wrapping_sub(conn.handed_seq) as i32) < 0 {
+        // What was read before the socket was cloned was not the beginning.
+        head::lose::<INGRESS>(&mut conn.http);
+    }
+}
+
+/// The first sight of a socket: how to scan it.
+#[inline(always)]
+pub(crate) fn begin(conn: &mut Conn) {
+    conn.http.full_target = u8::from(sock::config_full_target());
+}
+
+/// The socket is older than the programs: nothing is known of what passed before.
+#[inline(always)]
+pub(crate) fn started_before(conn: &mut Conn, now: u64) {
+    conn.flags |= flag::STARTED_BEFORE;
+    conn.established_ns = now;
+    head::mid_stream(&mut conn.http);
+}
