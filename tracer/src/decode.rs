@@ -50,10 +50,10 @@ pub struct Socket {
     pub cookie_late: bool,
     /// Inode number of the network namespace.
     pub netns: u32,
+    /// The device that the socket is bound to; 0: none.
+    pub bound_dev: u32,
     /// Address family, IPv4-mapped addresses counted as IPv4.
     pub family: Family,
-    /// The socket is an `AF_INET6` one, whatever its addresses: how `sock_diag` must be asked.
-    pub is_inet6: bool,
     /// Local address and port.
     pub local: SocketAddr,
     /// Remote address and port.
@@ -175,8 +175,8 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
         cookie: record.cookie,
         cookie_late: has(flag::COOKIE_LATE),
         netns: record.netns,
+        bound_dev: record.bound_dev,
         family,
-        is_inet6: record.family == 6,
         local,
         remote,
         role: match record.role {

@@ -1,0 +1,356 @@
+//! From facts to events: dates them, names their processes, and finds out what is left of each connection.
+//!
+//! What comes in: decoded facts, in order. What goes out: events. A connection whose end is not certain yet (a FIN_WAIT2
+//! mini-socket, which can still become TIME_WAIT) is held back, and the kernel asked for it from time to time until it is.
+//! Nothing is asked while nothing is held; what is held is bounded, and so is the rate of questions.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+
+use crate::decode::{Fact, Socket, Task};
+use crate::event::{Close, ClosedBy, Event, Final, FinalSource, How, Source, State, StateAt, TcpState};
+use crate::process::Processes;
+use crate::time_wait::{Answer, Question, SockDiag};
+use crate::verdict::{self, Ending, Fate};
+
+/// At most so many connections are held back; beyond, the oldest is reported as it stands.
+const HELD: usize = 8192;
+/// At most so many questions in one [`Connections::poll`].
+const QUESTIONS: usize = 256;
+/// The first question after the one at the end of the socket; each later one waits twice as long, up to [`SLOWEST`].
+const FIRST: Duration = Duration::from_millis(10);
+/// A TIME_WAIT socket lives for 60 s, so it is not missed.
+const SLOWEST: Duration = Duration::from_secs(1);
+/// How late a mini-socket's timer may fire, and still be the reason that it is gone.
+const TIMER_SLACK: Duration = Duration::from_millis(1500);
+
+/// `CLOCK_MONOTONIC` in nanoseconds to dates. Taken anew from time to time, so that a clock that is set does not lead
+/// astray for long.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    epoch: Timestamp,
+}
+
+impl Clock {
+    /// Reads both clocks.
+    pub fn now() -> Self {
+        let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let since = SignedDuration::new(monotonic.tv_sec, i32::try_from(monotonic.tv_nsec).unwrap_or(0));
+        Self::new(Timestamp::now(), since)
+    }
+
+    fn new(now: Timestamp, since: SignedDuration) -> Self {
+        Self { epoch: now.checked_sub(since).unwrap_or(Timestamp::UNIX_EPOCH) }
+    }
+
+    /// The date of a moment of `CLOCK_MONOTONIC`.
+    pub fn date(self, at_ns: u64) -> Timestamp {
+        let since = SignedDuration::from_nanos(i64::try_from(at_ns).unwrap_or(i64::MAX));
+        self.epoch.checked_add(since).unwrap_or(Timestamp::MAX)
+    }
+}
+
+/// A connection that is held back.
+struct Held {
+    socket: Box<Socket>,
+    ending: Ending,
+    close: Box<Close>,
+    /// When it is asked for next, and how long after that again.
+    next: Instant,
+    pause: Duration,
+    /// Until when its FIN_WAIT2 mini-socket lives, if one was seen.
+    deadline: Option<Instant>,
+    /// Nothing was left of it at the first question.
+    gone_at_once: bool,
+}
+
+/// Joins facts into events.
+pub struct Connections {
+    processes: Processes,
+    sock_diag: SockDiag,
+    clock: Clock,
+    /// `--states`
+    states: bool,
+    held: VecDeque<Held>,
+}
+
+impl Connections {
+    /// With no connection held back.
+    pub fn new(processes: Processes, sock_diag: SockDiag, states: bool) -> Self {
+        Self { processes, sock_diag, clock: Clock::now(), states, held: VecDeque::new() }
+    }
+
+    /// Reads the clocks anew.
+    pub fn set_clock(&mut self) {
+        self.clock = Clock::now();
+    }
+
+    /// Takes one fact in; events that follow from it are appended to `out`.
+    pub fn fact(&mut self, fact: Fact, now: Instant, out: &mut Vec<Event>) {
+        match fact {
+            Fact::Changed(socket) => {
+                let event = self.state(&socket, socket.old, socket.new, socket.at_ns);
+                out.push(event);
+            }
+            Fact::Ended(socket) => self.ended(socket, now, out),
+            Fact::ResetAfterEnd { cookie } => {
+                // Only a connection whose end is open can be changed by this; of the others the RST was foreseen.
+                if let Some(at) = self.held.iter().position(|held| held.socket.cookie == cookie)
+                    && let Some(mut held) = self.held.remove(at)
+                {
+                    held.ending.how = Some(How::Rst);
+                    held.socket.rst_sent = true;
+                    self.settle(held, Final::Reset, FinalSource::State, out);
+                }
+            }
+        }
+    }
+
+    fn ended(&mut self, socket: Box<Socket>, now: Instant, out: &mut Vec<Event>) {
+        let ending = verdict::ending(&socket);
+        let close = Box::new(self.close(&socket, &ending));
+        let held = Held { socket, ending, close, next: now, pause: FIRST, deadline: None, gone_at_once: false };
+        match held.ending.fate {
+            Fate::Known(fate, source) => self.settle(held, fate, source, out),
+            Fate::Ask => self.ask(held, now, out),
+        }
+    }
+
+    /// Asks for what is left of one connection: it is reported, or held back.
+    fn ask(&mut self, mut held: Held, now: Instant, out: &mut Vec<Event>) {
+        if held.socket.cookie_late {
+            // Its mini-socket has another cookie than the one we know: nothing can be said for certain.
+            return self.settle(held, Final::Unknown, FinalSource::Inferred, out);
+        }
+        match self.sock_diag.ask(&question(&held.socket)) {
+            Answer::TimeWait => self.settle(held, Final::TimeWait, FinalSource::SockDiag, out),
+            Answer::FinWait2(left) => {
+                held.deadline = Some(now + left);
+                held.next = now + held.pause;
+                held.pause = (held.pause * 2).min(self.slowest());
+                self.hold(held, out);
+            }
+            Answer::Gone if held.deadline.is_none() && !held.socket.fin_received && !held.gone_at_once => {
+                // `close` with unread data sends its RST after the socket's end: that record may be on its way.
+                held.gone_at_once = true;
+                held.next = now + FIRST;
+                self.hold(held, out);
+            }
+            Answer::Gone => {
+                let (fate, source) = gone(&held, now);
+                self.settle(held, fate, source, out);
+            }
+            Answer::Alive | Answer::Unknown => self.settle(held, Final::Unknown, FinalSource::Inferred, out),
+        }
+    }
+
+    fn hold(&mut self, held: Held, out: &mut Vec<Event>) {
+        if self.held.len() >= HELD
+            && let Some(oldest) = self.held.pop_front()
+        {
+            let fate = if oldest.gone_at_once { Final::Unknown } else { Final::FinWait2 };
+            self.settle(oldest, fate, FinalSource::SockDiag, out);
+        }
+        self.held.push_back(held);
+    }
+
+    /// With very many connections held back each is asked for more rarely, but still well within TIME_WAIT's 60 s.
+    fn slowest(&self) -> Duration {
+        SLOWEST.max(Duration::from_millis(self.held.len() as u64 * 2))
+    }
+
+    /// When [`Connections::poll`] should be called next; `None` while nothing is held back.
+    pub fn next_poll(&self) -> Option<Instant> {
+        self.held.iter().map(|held| held.next).min()
+    }
+
+    /// Asks again for the connections that are due.
+    pub fn poll(&mut self, now: Instant, out: &mut Vec<Event>) {
+        let mut questions = QUESTIONS;
+        for _ in 0..self.held.len() {
+            let Some(held) = self.held.pop_front() else { break };
+            if held.next <= now && questions > 0 {
+                questions -= 1;
+                self.ask(held, now, out);
+            } else {
+                self.held.push_back(held);
+            }
+        }
+        let held = &self.held;
+        self.sock_diag.release(|netns| held.iter().any(|held| held.socket.netns == netns));
+    }
+
+    /// Reports all that is held back as it stands: tracing ends.
+    pub fn finish(&mut self, now: Instant, out: &mut Vec<Event>) {
+        for held in std::mem::take(&mut self.held) {
+            match self.sock_diag.ask(&question(&held.socket)) {
+                Answer::TimeWait => self.settle(held, Final::TimeWait, FinalSource::SockDiag, out),
+                Answer::FinWait2(_) => self.settle(held, Final::FinWait2, FinalSource::SockDiag, out),
+                Answer::Gone => {
+                    let (fate, source) = gone(&held, now);
+                    self.settle(held, fate, source, out);
+                }
+                Answer::Alive | Answer::Unknown => self.settle(held, Final::Unknown, FinalSource::Inferred, out),
+            }
+        }
+    }
+
+    /// Reports one connection.
+    fn settle(&mut self, held: Held, fate: Final, fate_source: FinalSource, out: &mut Vec<Event>) {
+        let Held { socket, ending, mut close, deadline, .. } = held;
+        close.how = ending.how;
+        close.fate = fate;
+        close.fate_source = fate_source;
+        close.cause = verdict::cause(&socket, &ending);
+        let mut at_ns = socket.at_ns;
+        let mut new = socket.new;
+        if fate == Final::TimeWait
+            && let Some(last) = close.states.last_mut()
+        {
+            // What the kernel reports as CLOSE is the end of the full socket.
+            new = TcpState::TimeWait;
+            last.state = new;
+            if deadline.is_some() {
+                // It was FIN_WAIT2 when it was asked for before: the FIN came since then.
+                let waited = i64::try_from(monotonic_ns().saturating_sub(at_ns) / 1000).unwrap_or(i64::MAX);
+                last.at_us = last.at_us.saturating_add(waited);
+                at_ns = monotonic_ns();
+            }
+        }
+        if self.states {
+            out.push(self.state(&socket, socket.old, new, at_ns));
+        }
+        out.push(Event::Close(close));
+    }
+
+    fn close(&mut self, socket: &Socket, ending: &Ending) -> Close {
+        let process = socket.owner.map(|task| self.processes.describe(&task));
+        let closer = socket
+            .closer
+            .filter(|closer| socket.owner.is_none_or(|owner| !same(&owner, closer)))
+            .map(|task| self.processes.describe(&Task { source: Source::Close, ..task }));
+        let zero = socket.established_ns.or_else(|| socket.states.first().map(|(_, at)| *at)).unwrap_or(socket.at_ns);
+        Close {
+            time: self.clock.date(socket.at_ns),
+            cookie: socket.cookie,
+            netns: socket.netns,
+            family: socket.family,
+            local: socket.local,
+            remote: socket.remote,
+            role: socket.role,
+            process,
+            closed_by: ending.closed_by,
+            closer,
+            how: ending.how,
+            fate: Final::Unknown,
+            fate_source: FinalSource::Inferred,
+            states: socket
+                .states
+                .iter()
+                .map(|(state, at)| StateAt { state: *state, at_us: micros_between(zero, *at) })
+                .collect(),
+            duration_us: socket.established_ns.map_or(0, |from| socket.at_ns.saturating_sub(from) / 1000),
+            started_before: socket.started_before,
+            idle_us: idle(socket),
+            rx_bytes: socket.rx_bytes,
+            tx_bytes: socket.tx_bytes,
+            protocol: socket.protocol,
+            http: socket.http.clone(),
+            cause: verdict::cause(socket, ending),
+        }
+    }
+
+    fn state(&mut self, socket: &Socket, old: TcpState, new: TcpState, at_ns: u64) -> Event {
+        let before = socket.states.iter().rev().nth(1).map(|(_, at)| *at);
+        Event::State(Box::new(State {
+            time: self.clock.date(at_ns),
+            cookie: socket.cookie,
+            netns: socket.netns,
+            local: socket.local,
+            remote: socket.remote,
+            role: socket.role,
+            process: socket.owner.map(|task| self.processes.describe(&task)),
+            old,
+            new,
+            delta_us: before.map(|before| at_ns.saturating_sub(before) / 1000),
+            closed_by: closed_by(socket),
+            http: socket.http.clone(),
+        }))
+    }
+}
+
+/// Now, in the clock of the facts.
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// Who has ended the connection so far.
+fn closed_by(socket: &Socket) -> ClosedBy {
+    if socket.new == TcpState::Close { verdict::ending(socket).closed_by } else { socket.first_end }
+}
+
+/// One process, whatever it is called by now.
+fn same(one: &Task, other: &Task) -> bool {
+    one.pid == other.pid && one.start_ns == other.start_ns
+}
+
+/// From the last payload byte to the first FIN or RST, or to the end; microseconds.
+fn idle(socket: &Socket) -> Option<u64> {
+    let until = socket.end_ns.unwrap_or(socket.at_ns);
+    Some(until.saturating_sub(socket.payload_ns?) / 1000)
+}
+
+fn micros_between(from: u64, to: u64) -> i64 {
+    if to >= from {
+        i64::try_from((to - from) / 1000).unwrap_or(i64::MAX)
+    } else {
+        -i64::try_from((from - to) / 1000).unwrap_or(i64::MAX)
+    }
+}
+
+fn question(socket: &Socket) -> Question {
+    Question {
+        netns: socket.netns,
+        pid: socket.owner.or(socket.closer).map(|task| task.pid),
+        local: socket.local,
+        remote: socket.remote,
+        bound_dev: socket.bound_dev,
+        cookie: socket.cookie,
+    }
+}
+
+/// What it means that nothing is left.
+fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
+    match held.deadline {
+        // Its time-out has passed. Had the FIN come, it would be TIME_WAIT for another minute.
+        Some(deadline) if now + TIMER_SLACK >= deadline => (Final::FinWait2, FinalSource::SockDiag),
+        // It went before its time, and not by a FIN: mini-sockets are deleted by a RST. No hook sees that.
+        Some(_) => (Final::Reset, FinalSource::Inferred),
+        // The FIN had come, so it would be there if there had been room for it.
+        None if held.socket.fin_received => (Final::Closed, FinalSource::SockDiag),
+        // It was never seen: a RST within moments, or no memory for it.
+        None => (Final::Unknown, FinalSource::SockDiag),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_exact_to_the_nanosecond() {
+        let now: Timestamp = "2026-01-02T03:04:05.000000006Z".parse().expect("a date");
+        let clock = Clock::new(now, SignedDuration::new(100, 5));
+        assert_eq!(clock.date(100_000_000_005), now);
+        assert_eq!(clock.date(0).to_string(), "2026-01-02T03:02:25.000000001Z");
+    }
+
+    #[test]
+    fn times_before_established_are_negative() {
+        assert_eq!(micros_between(5_000_000, 3_000_000), -2000);
+        assert_eq!(micros_between(3_000_000, 5_000_999), 2000);
+    }
+}

@@ -1,0 +1,120 @@
+//! The processes that `--pid` means at the start: those named, and all their descendants.
+//!
+//! What comes in: process ids. What goes out: process ids with start times, which together name a process for ever; the
+//! programs add what is forked later. Read from `/proc`, where a process may vanish between any two looks.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+
+/// A process id and a start time in clock ticks since boot (`/proc/<pid>/stat`, field 22).
+pub type Named = (u32, u64);
+
+/// Finds the processes `pids` and their descendants.
+///
+/// # Errors
+/// The first of `pids` that does not exist.
+pub fn of(pids: &[u32]) -> Result<Vec<Named>, u32> {
+    // Read until two walks agree: a child that is forked during one is found by the next, and one that is forked after
+    // the programs are attached is found by them.
+    let mut found = walk(pids)?;
+    for _ in 0..4 {
+        let again = walk(pids)?;
+        if again == found {
+            break;
+        }
+        found = again;
+    }
+    Ok(found)
+}
+
+fn walk(pids: &[u32]) -> Result<Vec<Named>, u32> {
+    let processes: HashMap<u32, Stat> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            Some((pid, stat(pid).ok()?))
+        })
+        .collect();
+    closure(&processes, pids)
+}
+
+/// What is needed of `/proc/<pid>/stat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    parent: u32,
+    start: u64,
+}
+
+fn stat(pid: u32) -> io::Result<Stat> {
+    let text = fs::read(format!("/proc/{pid}/stat"))?;
+    parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not the stat of a process"))
+}
+
+/// `pid (comm) state ppid … starttime …`; the name may hold anything, also blanks and parentheses.
+fn parse(stat: &[u8]) -> Option<Stat> {
+    let after_name = stat.iter().rposition(|byte| *byte == b')')? + 1;
+    let mut fields = std::str::from_utf8(stat.get(after_name..)?).ok()?.split_ascii_whitespace();
+    let parent = fields.nth(1)?.parse().ok()?;
+    let start = fields.nth(17)?.parse().ok()?;
+    Some(Stat { parent, start })
+}
+
+fn closure(processes: &HashMap<u32, Stat>, pids: &[u32]) -> Result<Vec<Named>, u32> {
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
+    for (pid, stat) in processes {
+        children.entry(stat.parent).or_default().push(*pid);
+    }
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    let mut next = pids.to_vec();
+    if let Some(missing) = pids.iter().find(|pid| !processes.contains_key(pid)) {
+        return Err(*missing);
+    }
+    while let Some(pid) = next.pop() {
+        if let Some(stat) = processes.get(&pid)
+            && seen.insert(pid)
+        {
+            found.push((pid, stat.start));
+            next.extend(children.get(&pid).into_iter().flatten());
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_a_name_with_blanks_and_parentheses() {
+        let stat = b"42 (a) b (c)) S 7 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 1000 10 18446744073709551615";
+        assert_eq!(parse(stat), Some(Stat { parent: 7, start: 98765 }));
+        assert_eq!(parse(b"42 (a) S 7"), None);
+        assert_eq!(parse(b"\xff\xfe"), None);
+    }
+
+    #[test]
+    fn descendants_of_several_once_each() {
+        let processes = [(1, 0), (2, 1), (3, 2), (4, 2), (5, 1), (6, 5)]
+            .into_iter()
+            .map(|(pid, parent)| (pid, Stat { parent, start: u64::from(pid) * 10 }))
+            .collect();
+        assert_eq!(closure(&processes, &[2, 4]), Ok(vec![(2, 20), (3, 30), (4, 40)]));
+        assert_eq!(closure(&processes, &[6]), Ok(vec![(6, 60)]));
+        assert_eq!(closure(&processes, &[6, 99]), Err(99));
+    }
+
+    #[test]
+    fn finds_this_process_and_its_child() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+        let found = of(&[std::process::id()]).expect("this process exists");
+        child.kill().expect("its own child");
+        child.wait().expect("its own child");
+        let pids: Vec<u32> = found.iter().map(|(pid, _)| *pid).collect();
+        assert!(pids.contains(&std::process::id()) && pids.contains(&child.id()), "{pids:?}");
+    }
+}

@@ -1,0 +1,19 @@
+//! The steps of `tracer run` as modules, in the order of the flow: each takes what the one before it gives.
+//!
+//! A library only so that tests can feed recorded bytes to the steps that need no root. Its API is not stable.
+
+pub mod cli;
+pub mod connection;
+pub mod decode;
+pub mod demo;
+pub mod descendants;
+pub mod event;
+pub mod kernel;
+pub mod offsets;
+pub mod preflight;
+pub mod process;
+pub mod ring;
+pub mod run;
+pub mod sink;
+pub mod time_wait;
+pub mod verdict;

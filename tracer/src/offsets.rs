@@ -1,0 +1,185 @@
+//! Offsets of kernel struct members, from the running kernel's BTF.
+//!
+//! What comes in: `/sys/kernel/btf/vmlinux`. What goes out: the frozen global that the programs read kernel structs by.
+//! A member that every supported kernel has and this one lacks is an error; where kernels differ, each layout is tried.
+
+use anyhow::{Context, Result, anyhow, bail};
+use btf_rs::{Btf, BtfType, Type};
+use tracer_ebpf::Offsets;
+
+/// The kernel's own types.
+pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// A member that this kernel lacks.
+const LACKING: u32 = u32::MAX;
+
+/// Resolves every member of [`Offsets`].
+///
+/// # Errors
+/// The BTF cannot be read, or lacks a member that is needed.
+pub fn resolve() -> Result<Offsets> {
+    let kernel = Kernel(Btf::from_file(VMLINUX).with_context(|| format!("cannot read {VMLINUX}"))?);
+    let optional = |holder: &str, path: &str| kernel.member(holder, path).map_or(LACKING, |member| member.offset);
+    let offset = |holder: &str, path: &str| kernel.member(holder, path).map(|member| member.offset);
+    let protocol = kernel.member("sock", "sk_protocol")?;
+    // 6.0 counts references, that is one more than sockets; before, sockets. From 5.19 to 6.0 the table is not embedded.
+    let (tw_count, tw_count_bias) = match kernel.member("net", "ipv4.tcp_death_row.tw_refcount") {
+        Ok(member) => (member.offset, 1),
+        Err(_) => (optional("net", "ipv4.tcp_death_row.tw_count"), 0),
+    };
+    Ok(Offsets {
+        skc_family: offset("sock", "__sk_common.skc_family")?,
+        skc_state: offset("sock", "__sk_common.skc_state")?,
+        skc_daddr: offset("sock", "__sk_common.skc_daddr")?,
+        skc_rcv_saddr: offset("sock", "__sk_common.skc_rcv_saddr")?,
+        skc_dport: offset("sock", "__sk_common.skc_dport")?,
+        skc_v6_daddr: optional("sock", "__sk_common.skc_v6_daddr"),
+        skc_v6_rcv_saddr: optional("sock", "__sk_common.skc_v6_rcv_saddr"),
+        skc_net: offset("sock", "__sk_common.skc_net.net")?,
+        skc_bound_dev_if: offset("sock", "__sk_common.skc_bound_dev_if")?,
+        skc_flags: offset("sock", "__sk_common.skc_flags")?,
+        sk_protocol: protocol.offset,
+        sk_protocol_size: protocol.size,
+        sk_err: offset("sock", "sk_err")?,
+        sk_lock_owned: offset("sock", "sk_lock.owned")?,
+        inet_sport: offset("inet_sock", "inet_sport")?,
+        rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
+        bytes_received: offset("tcp_sock", "bytes_received")?,
+        bytes_sent: offset("tcp_sock", "bytes_sent")?,
+        bytes_retrans: offset("tcp_sock", "bytes_retrans")?,
+        net_inum: offset("net", "ns.inum")?,
+        tw_count,
+        tw_count_bias,
+        max_tw_buckets: optional("net", "ipv4.tcp_death_row.sysctl_max_tw_buckets"),
+        group_leader: offset("task_struct", "group_leader")?,
+        tgid: offset("task_struct", "tgid")?,
+        pid: offset("task_struct", "pid")?,
+        task_flags: offset("task_struct", "flags")?,
+        start_boottime: offset("task_struct", "start_boottime")?,
+        comm: offset("task_struct", "comm")?,
+        cred: offset("task_struct", "cred")?,
+        cred_uid: offset("cred", "uid")?,
+        signal: offset("task_struct", "signal")?,
+        signal_live: offset("signal_struct", "live")?,
+        socket_sk: offset("socket", "sk")?,
+        sock_done: kernel.enumerator("sock_flags", "SOCK_DONE")?,
+    })
+}
+
+/// The BPF helpers that this kernel has.
+pub struct Features(Vec<String>);
+
+impl Features {
+    /// Reads them from the kernel's BTF (`enum bpf_func_id`).
+    ///
+    /// # Errors
+    /// The BTF cannot be read.
+    pub fn read() -> Result<Self> {
+        let btf = Btf::from_file(VMLINUX).with_context(|| format!("cannot read {VMLINUX}"))?;
+        let mut names = Vec::new();
+        // The enumeration itself has no name in kernels before 5.19: it is found by one of its members.
+        let (first, last) = btf.base().type_id_range();
+        for id in first..=last {
+            let Type::Enum(found) = btf.resolve_type_by_id(id)? else { continue };
+            let Some(first) = found.members.first() else { continue };
+            if btf.resolve_name(first)? == "BPF_FUNC_unspec" {
+                for member in &found.members {
+                    names.push(btf.resolve_name(member)?);
+                }
+            }
+        }
+        Ok(Self(names))
+    }
+
+    /// Whether the kernel has the helper, named `BPF_FUNC_…`.
+    pub fn has_helper(&self, name: &str) -> bool {
+        self.0.iter().any(|have| have == name)
+    }
+}
+
+/// Where a member is, in bytes.
+struct Member {
+    offset: u32,
+    size: u32,
+}
+
+struct Kernel(Btf);
+
+impl Kernel {
+    /// Finds `path` (members joined by dots; anonymous structs and unions are looked through) in struct `holder`.
+    fn member(&self, holder: &str, path: &str) -> Result<Member> {
+        let missing = || anyhow!("this kernel's struct {holder} has no member {path}");
+        let mut at = self
+            .0
+            .resolve_types_by_name(holder)
+            .ok()
+            .and_then(|types| types.into_iter().find(|found| matches!(found, Type::Struct(_))))
+            .ok_or_else(|| anyhow!("this kernel has no struct {holder}"))?;
+        let mut bits = 0;
+        for name in path.split('.') {
+            let (offset, member) = self.find(&at, name)?.ok_or_else(missing)?;
+            bits += offset;
+            at = member;
+        }
+        if bits % 8 != 0 {
+            bail!("{path} of this kernel's struct {holder} is a bit field");
+        }
+        Ok(Member { offset: bits / 8, size: size(&at) })
+    }
+
+    /// A direct member of `holder`, or of an anonymous struct or union in it: its offset in bits, and its type.
+    fn find(&self, holder: &Type, name: &str) -> Result<Option<(u32, Type)>> {
+        let (Type::Struct(holder) | Type::Union(holder)) = holder else { return Ok(None) };
+        for member in &holder.members {
+            let found = self.0.resolve_name(member)?;
+            if found == name {
+                return Ok(Some((member.bit_offset(), self.plain(member)?)));
+            }
+            if found.is_empty()
+                && let Some((inner, at)) = self.find(&self.plain(member)?, name)?
+            {
+                return Ok(Some((member.bit_offset() + inner, at)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The type of `of` without typedefs and qualifiers.
+    fn plain(&self, of: &dyn BtfType) -> Result<Type> {
+        let mut at = self.0.resolve_chained_type(of)?;
+        loop {
+            at = match &at {
+                Type::Typedef(inner) => self.0.resolve_chained_type(inner)?,
+                Type::Const(inner) | Type::Volatile(inner) | Type::Restrict(inner) => {
+                    self.0.resolve_chained_type(inner)?
+                }
+                Type::TypeTag(inner) => self.0.resolve_chained_type(inner)?,
+                _ => return Ok(at),
+            };
+        }
+    }
+
+    /// The value of enumerator `name` of `enum holder`.
+    fn enumerator(&self, holder: &str, name: &str) -> Result<u32> {
+        for found in self.0.resolve_types_by_name(holder)? {
+            let Type::Enum(found) = found else { continue };
+            for member in &found.members {
+                if self.0.resolve_name(member)? == name {
+                    return Ok(member.val());
+                }
+            }
+        }
+        bail!("this kernel's enum {holder} has no {name}")
+    }
+}
+
+fn size(of: &Type) -> u32 {
+    let size = match of {
+        Type::Int(int) => int.size(),
+        Type::Struct(held) | Type::Union(held) => held.size(),
+        Type::Enum(held) => held.size(),
+        Type::Ptr(_) => size_of::<u64>(),
+        _ => 0,
+    };
+    u32::try_from(size).unwrap_or(0)
+}

@@ -1,0 +1,253 @@
+//! What this host must have, checked before BPF is touched.
+//!
+//! Each refusal names the cause and the remedy, and has its own exit code. What is missing but can be done without is
+//! not a refusal: it is listed in the `start` event.
+
+use std::fmt;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use caps::{CapSet, Capability};
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+
+use crate::offsets::{Features, VMLINUX};
+
+/// Why tracer does not start, and what to do about it.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The exit code.
+    pub code: u8,
+    /// Cause and remedy.
+    pub message: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Exit codes; `--help` and the README list them.
+pub mod exit {
+    /// Ended: by a signal, after `--duration`, or because stdout was closed.
+    pub const SUCCESS: u8 = 0;
+    /// Failed while running.
+    pub const FAILURE: u8 = 1;
+    /// Bad usage; also a process id that does not exist.
+    pub const USAGE: u8 = 2;
+    /// Not enough privileges.
+    pub const PRIVILEGES: u8 = 3;
+    /// The kernel lacks something that is needed.
+    pub const KERNEL: u8 = 4;
+    /// The kernel has no BTF.
+    pub const BTF: u8 = 5;
+    /// No cgroup-v2 hierarchy can be used.
+    pub const CGROUP: u8 = 6;
+    /// The kernel refused for security policy.
+    pub const POLICY: u8 = 7;
+}
+
+/// What was found.
+pub struct Host {
+    /// The root of the cgroup-v2 hierarchy.
+    pub cgroup: OwnedFd,
+    /// What is missing and what that costs.
+    pub degraded: Vec<String>,
+}
+
+/// The capabilities without which nothing works; `CAP_SYS_ADMIN` holds the first two.
+const NEEDED: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
+
+/// What the programs need of the kernel: a helper, what it is for, and the version that brought it.
+const HELPERS: [(&str, &str, &str); 2] = [
+    ("BPF_FUNC_sock_from_file", "socket storage in tracing programs (bpf_sk_storage_get, bpf_sock_from_file)", "5.11"),
+    ("BPF_FUNC_loop", "bpf_loop", "5.17"),
+];
+
+/// Checks everything in the order in which one would mend it.
+///
+/// # Errors
+/// The first thing that is missing.
+pub fn check() -> Result<Host, Refusal> {
+    privileges()?;
+    kernel()?;
+    let mut degraded = Vec::new();
+    let cgroup = cgroup(&mut degraded)?;
+    if !in_initial_pid_namespace() {
+        degraded.push(
+            "not in the host's pid namespace: process ids are the host's, and exe, cgroup and container are not looked \
+             up; run tracer on the host (in a container: --pid=host)"
+                .to_owned(),
+        );
+    }
+    Ok(Host { cgroup, degraded })
+}
+
+fn privileges() -> Result<(), Refusal> {
+    let refuse =
+        |what: String| Refusal { code: exit::PRIVILEGES, message: format!("{what}; run it as root: sudo tracer run") };
+    let have = caps::read(None, CapSet::Effective)
+        .map_err(|error| refuse(format!("cannot read the capabilities of this process ({error})")))?;
+    let has = |capability: &Capability| {
+        have.contains(capability)
+            || (*capability != Capability::CAP_NET_ADMIN && have.contains(&Capability::CAP_SYS_ADMIN))
+    };
+    let missing: Vec<String> = NEEDED.iter().filter(|needed| !has(needed)).map(ToString::to_string).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(refuse(format!("tracer needs root; this process lacks {}", missing.join(", "))))
+}
+
+/// The kernel's release, as `uname -r`.
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// Distributions carry features back to older versions: so the kernel is asked for what is needed, not for its number.
+fn kernel() -> Result<(), Refusal> {
+    let release = kernel_release();
+    if !Path::new(VMLINUX).exists() {
+        return Err(Refusal {
+            code: exit::BTF,
+            message: format!(
+                "kernel {release} has no BTF ({VMLINUX} is missing); it needs one that is built with \
+                 CONFIG_DEBUG_INFO_BTF=y, as all large distributions' kernels since 5.11 are, and /sys mounted"
+            ),
+        });
+    }
+    let features = Features::read()
+        .map_err(|error| Refusal { code: exit::BTF, message: format!("kernel {release}: {error:#}") })?;
+    let missing: Vec<_> = HELPERS.iter().filter(|(helper, ..)| !features.has_helper(helper)).collect();
+    if let Some((.., needs)) = missing.last() {
+        let what: Vec<_> = missing.iter().map(|(_, what, since)| format!("{what} (Linux {since})")).collect();
+        return Err(Refusal {
+            code: exit::KERNEL,
+            message: format!("kernel {release} lacks {}; it needs {needs} or later", what.join(" and ")),
+        });
+    }
+    Ok(())
+}
+
+/// The state of kernel lockdown, for the explanation of a refusal; `None` where the kernel has none.
+pub fn lockdown() -> Option<String> {
+    let modes = fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
+    let (_, rest) = modes.split_once('[')?;
+    let (mode, _) = rest.split_once(']')?;
+    (mode != "none").then(|| mode.to_owned())
+}
+
+/// Explains what the kernel refused when the programs were loaded and attached.
+pub fn explain(error: &anyhow::Error) -> Refusal {
+    let denied = error.chain().any(|cause| {
+        let text = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        matches!(text, Some(code) if code == rustix::io::Errno::PERM.raw_os_error() || code == rustix::io::Errno::ACCESS.raw_os_error() )
+    });
+    let verifier = error.chain().any(|cause| cause.to_string().contains("processed "));
+    let release = kernel_release();
+    if denied && !verifier {
+        let policy = lockdown().map_or_else(
+            || "a security policy (LSM, seccomp, a container's profile) forbids it".to_owned(),
+            |mode| format!("kernel lockdown is in {mode} mode"),
+        );
+        return Refusal {
+            code: exit::POLICY,
+            message: format!("kernel {release} refused: {error:#}\n{policy}; run tracer on the host, outside of it"),
+        };
+    }
+    Refusal { code: exit::KERNEL, message: format!("kernel {release} refused: {error:#}") }
+}
+
+/// Whether process ids here are the host's: the initial pid namespace has a fixed inode number
+/// (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
+pub fn in_initial_pid_namespace() -> bool {
+    fs::metadata("/proc/self/ns/pid").is_ok_and(|meta| meta.ino() == 0xEFFF_FFFC)
+}
+
+/// Opens the root of the cgroup-v2 hierarchy: where it is mounted, or through a detached mount of our own, which needs no
+/// mount point and vanishes with its descriptor.
+fn cgroup(degraded: &mut Vec<String>) -> Result<OwnedFd, Refusal> {
+    let refuse = |what: String| Refusal {
+        code: exit::CGROUP,
+        message: format!(
+            "no cgroup-v2 hierarchy can be used: {what}; mount one: mount -t cgroup2 none /sys/fs/cgroup/unified"
+        ),
+    };
+    let mounts = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|error| refuse(format!("cannot read /proc/self/mountinfo ({error})")))?;
+    let open =
+        |path: &Path| rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let cgroup = match mounted(&mounts).iter().find_map(|path| open(path).ok().filter(is_root)) {
+        Some(cgroup) => cgroup,
+        None => detached().map_err(|error| refuse(format!("none is mounted, and none can be ({error})")))?,
+    };
+    if !is_root(&cgroup) {
+        degraded.push(
+            "in a cgroup namespace: only the traffic of its own cgroups is seen; run tracer on the host (in a container: \
+             --cgroupns=host)"
+                .to_owned(),
+        );
+    }
+    Ok(cgroup)
+}
+
+/// The root directory of the hierarchy has the first inode number of its kernfs; a cgroup namespace's root has another.
+fn is_root(cgroup: &OwnedFd) -> bool {
+    rustix::fs::fstat(cgroup).is_ok_and(|stat| stat.st_ino == 1)
+}
+
+/// Where cgroup-v2 hierarchies are mounted from their root, by `/proc/self/mountinfo`.
+fn mounted(mountinfo: &str) -> Vec<PathBuf> {
+    mountinfo
+        .lines()
+        .filter_map(|line| {
+            let (before, after) = line.split_once(" - ")?;
+            (after.split(' ').next()? == "cgroup2").then_some(())?;
+            let mut fields = before.split(' ').skip(3);
+            let (root, at) = (fields.next()?, fields.next()?);
+            (root == "/").then(|| PathBuf::from(unescape(at)))
+        })
+        .collect()
+}
+
+/// Undoes the octal escapes of blanks in `mountinfo`.
+fn unescape(field: &str) -> String {
+    field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+}
+
+fn detached() -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("cgroup2", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    openat(&mount, ".", OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_mounts_of_cgroup_v2_roots() {
+        let mountinfo = "\
+26 24 0:23 / /sys/fs/cgroup ro,nosuid shared:7 - tmpfs tmpfs ro,mode=755
+27 26 0:24 / /sys/fs/cgroup/unified rw,nosuid shared:8 - cgroup2 cgroup2 rw
+28 26 0:25 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu
+29 26 0:24 /system.slice /mnt/part rw - cgroup2 cgroup2 rw
+30 26 0:24 / /mnt/with\\040blank rw master:1 - cgroup2 none rw";
+        assert_eq!(mounted(mountinfo), [PathBuf::from("/sys/fs/cgroup/unified"), PathBuf::from("/mnt/with blank")]);
+        assert_eq!(mounted("garbage\n\n - cgroup2"), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn a_refusal_by_policy_is_told_from_one_by_the_verifier() {
+        let denied = || anyhow::Error::from(std::io::Error::from_raw_os_error(1));
+        assert_eq!(explain(&denied().context("bpf_prog_load failed")).code, exit::POLICY);
+        assert_eq!(explain(&anyhow::anyhow!("processed 12 insns (limit 1000000)")).code, exit::KERNEL);
+        assert_eq!(explain(&denied().context("processed 12 insns")).code, exit::KERNEL);
+    }
+}

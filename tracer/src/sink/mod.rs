@@ -1,0 +1,47 @@
+//! Events in, bytes for stdout out: as text for people, or as JSON for programs.
+//!
+//! Sinks see events only, never wire types. What came from the network or from another process is escaped here, and only
+//! here, before it can reach a terminal. Each event goes out in one write.
+
+mod escape;
+pub mod json;
+pub mod summary;
+pub mod text;
+
+use std::io::{self, Write};
+
+use crate::event::Event;
+pub use json::Json;
+pub use text::Text;
+
+/// How events are printed.
+#[derive(Debug)]
+pub enum Sink {
+    /// Aligned columns.
+    Text(Text),
+    /// One JSON object a line.
+    Json(Json),
+}
+
+impl Sink {
+    /// Text in the local time zone; `styled`: with the escape sequences of a terminal.
+    pub fn text(styled: bool) -> Self {
+        Self::Text(Text::new(jiff::tz::TimeZone::system(), styled))
+    }
+
+    /// NDJSON.
+    pub fn json() -> Self {
+        Self::Json(Json::default())
+    }
+
+    /// Prints one event.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn event(&mut self, event: &Event, out: &mut dyn Write) -> io::Result<()> {
+        match self {
+            Self::Text(text) => text.event(event, out),
+            Self::Json(json) => json.event(event, out),
+        }
+    }
+}

@@ -1,0 +1,468 @@
+//! Events in, lines of aligned columns out, never wider than 120.
+//!
+//! Columns begin at fixed places; one that is too wide (an IPv6 address) pushes the next ones, and the end of the line is
+//! shortened for it, never an address. Widths are those on the terminal: escape sequences do not count.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+
+use anstyle::{AnsiColor, Style};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use super::escape::fit;
+use crate::event::{
+    Cause, Close, ClosedBy, Connection, Event, Final, FinalSource, Http, Lost, Process, Role, State, Summary, TcpState,
+};
+use crate::verdict;
+
+/// No line is wider.
+pub const WIDTH: usize = 120;
+
+/// Where the columns begin.
+mod column {
+    pub(super) const PROCESS: usize = 9;
+    pub(super) const SOCKET: usize = 26;
+    pub(super) const CLOSED: usize = 55;
+    pub(super) const FINAL: usize = 62;
+    pub(super) const WHY: usize = 73;
+}
+
+/// The widest process: a longer name is cut.
+const PROCESS_WIDTH: usize = column::SOCKET - column::PROCESS - 1;
+/// A request is shown behind the reason if so many columns are left for it.
+const REQUEST_MIN: usize = 14;
+/// Groups of the summary that are shown.
+const GROUPS: usize = 10;
+
+const HEADER: Style = Style::new().bold();
+const DIM: Style = Style::new().dimmed();
+const TIME_WAIT: Style = AnsiColor::Yellow.on_default();
+const ALARM: Style = AnsiColor::Red.on_default();
+const ADVICE: Style = AnsiColor::Cyan.on_default();
+
+/// Writes text.
+#[derive(Debug)]
+pub struct Text {
+    zone: TimeZone,
+    clock: Clock,
+    line: Line,
+}
+
+/// The time of the last line: most lines share their second with the one before.
+#[derive(Debug)]
+struct Clock {
+    second: Option<i64>,
+    text: String,
+}
+
+impl Text {
+    /// Text with times of `zone`; `styled`: with the escape sequences of a terminal.
+    pub const fn new(zone: TimeZone, styled: bool) -> Self {
+        Self {
+            zone,
+            clock: Clock { second: None, text: String::new() },
+            line: Line { text: String::new(), column: 0, styled },
+        }
+    }
+
+    /// The line with the names of the columns.
+    pub fn header(&self) -> String {
+        let mut line = Line { text: String::new(), column: 0, styled: self.line.styled };
+        line.style(HEADER, |line| {
+            line.put("TIME");
+            for (at, name) in [
+                (column::PROCESS, "PROCESS"),
+                (column::SOCKET, "SOCKET"),
+                (column::CLOSED, "CLOSED"),
+                (column::FINAL, "FINAL"),
+                (column::WHY, "WHY"),
+            ] {
+                line.stop(at);
+                line.put(name);
+            }
+        });
+        line.text.push('\n');
+        line.text
+    }
+
+    /// Prints one event, in one write. `start` is the header: what it says beyond is no line of a connection.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn event(&mut self, event: &Event, out: &mut dyn Write) -> io::Result<()> {
+        self.line.text.clear();
+        self.line.column = 0;
+        match event {
+            Event::Start(_) => self.line.text.push_str(&self.header()),
+            Event::Close(close) => self.close(close),
+            Event::State(state) => self.state(state),
+            Event::Lost(lost) => self.lost(lost),
+            Event::Summary(summary) => self.summary(summary),
+        }
+        out.write_all(self.line.text.as_bytes())
+    }
+
+    fn close(&mut self, close: &Close) {
+        self.time(close.time);
+        let line = &mut self.line;
+        line.begin(close.process.as_ref(), close.role, close.local, close.remote);
+        line.put(closed_by_word(close.closed_by));
+        line.stop(column::FINAL);
+        let inferred = close.fate_source == FinalSource::Inferred && close.fate != Final::Unknown;
+        line.style(fate_style(close.fate), |line| {
+            line.put(fate_word(close.fate));
+            line.put(if inferred { "?" } else { "" });
+        });
+        line.stop(column::WHY);
+        match verdict::advice(close) {
+            Some(advice) => line.style(ADVICE, |line| line.put(&advice)),
+            None => line.put(cause_word(close.cause)),
+        }
+        if let Some(closer) = &close.closer {
+            line.put(", closed by ");
+            line.process(closer);
+        }
+        if let Some(http) = &close.http
+            && !matches!(close.cause, Cause::Unanswered)
+        {
+            line.request(http);
+        }
+        line.end();
+    }
+
+    fn state(&mut self, state: &State) {
+        self.time(state.time);
+        let line = &mut self.line;
+        line.begin(state.process.as_ref(), state.role, state.local, state.remote);
+        line.put(if state.closed_by == ClosedBy::None { "-" } else { closed_by_word(state.closed_by) });
+        line.stop(column::FINAL);
+        let style = if state.new == TcpState::TimeWait { TIME_WAIT } else { DIM };
+        line.style(style, |line| {
+            line.put(state_word(state.old));
+            line.put(">");
+            line.put(state_word(state.new));
+        });
+        if let Some(us) = state.delta_us {
+            line.put(" +");
+            line.put(&elapsed(us));
+        }
+        if let Some(http) = &state.http {
+            let word = |connection: Option<Connection>| connection.map_or("-".to_owned(), |said| said.to_string());
+            line.put(&format!(" (req {}, resp {})", word(http.request_connection), word(http.response_connection)));
+        }
+        line.end();
+    }
+
+    fn lost(&mut self, lost: &Lost) {
+        self.time(lost.since);
+        let since = self.clock.text.clone();
+        self.line.text.clear();
+        self.line.column = 0;
+        self.time(lost.time);
+        let line = &mut self.line;
+        line.stop(column::PROCESS);
+        let records = if lost.records == 1 { "record" } else { "records" };
+        line.style(ALARM, |line| {
+            line.put(&format!("LOST {} {records} since {since}: as many lines are missing", lost.records));
+        });
+        line.end();
+    }
+
+    fn summary(&mut self, summary: &Summary) {
+        self.time(summary.time);
+        let line = &mut self.line;
+        line.stop(column::PROCESS);
+        let Summary { duration_s, closes, time_wait, lost, groups, .. } = summary;
+        line.style(HEADER, |line| {
+            line.put(&format!("{closes} closed in {duration_s:.1} s, {time_wait} of them left TIME_WAIT"));
+        });
+        line.put(", ");
+        line.style(if *lost > 0 { ALARM } else { Style::new() }, |line| line.put(&format!("{lost} lost")));
+        line.end();
+        if groups.is_empty() {
+            return;
+        }
+        line.style(HEADER, |line| {
+            line.put("  CLOSES TIME_WAIT PROCESS          CLOSED CAUSE          PEER");
+        });
+        line.end();
+        for group in groups.iter().take(GROUPS) {
+            line.put(&format!("{:>8} {:>9} ", group.closes, group.time_wait));
+            let begin = line.column;
+            match (&group.comm, group.pid) {
+                (Some(comm), Some(pid)) => line.named(pid, comm),
+                _ => line.put("unknown"),
+            }
+            line.stop(begin + PROCESS_WIDTH + 1);
+            line.put(closed_by_word(group.closed_by));
+            line.stop(begin + PROCESS_WIDTH + 8);
+            line.put(cause_word(group.cause));
+            line.stop(begin + PROCESS_WIDTH + 23);
+            line.put(&group.peer.to_string());
+            line.end();
+        }
+        let shown: u64 = groups.iter().take(GROUPS).map(|group| group.closes).sum();
+        let rest = closes.saturating_sub(shown);
+        if rest > 0 {
+            line.put(&format!("{rest:>8} in other groups"));
+            line.end();
+        }
+    }
+
+    fn time(&mut self, time: Timestamp) {
+        let second = time.as_second();
+        if self.clock.second != Some(second) {
+            self.clock.second = Some(second);
+            self.clock.text.clear();
+            let local = self.zone.to_datetime(time);
+            // Writing to a string does not fail.
+            let _ = write!(self.clock.text, "{:02}:{:02}:{:02}", local.hour(), local.minute(), local.second());
+        }
+        let clock = &self.clock.text;
+        self.line.style(DIM, |line| line.put(clock));
+    }
+}
+
+/// A line in the making. Nothing gets into it unescaped, nor behind column [`WIDTH`].
+#[derive(Debug)]
+struct Line {
+    text: String,
+    column: usize,
+    styled: bool,
+}
+
+impl Line {
+    /// Appends text, as far as there is room.
+    fn put(&mut self, text: &str) {
+        self.put_within(text, WIDTH);
+    }
+
+    fn put_within(&mut self, text: &str, max: usize) {
+        self.column += fit(&mut self.text, text, max.min(WIDTH - self.column));
+    }
+
+    /// Spaces up to a column, at least one.
+    fn stop(&mut self, column: usize) {
+        let spaces = column.saturating_sub(self.column).max(1).min(WIDTH - self.column);
+        self.text.extend(std::iter::repeat_n(' ', spaces));
+        self.column += spaces;
+    }
+
+    fn style(&mut self, style: Style, put: impl FnOnce(&mut Self)) {
+        if !self.styled {
+            return put(self);
+        }
+        let _ = write!(self.text, "{style}");
+        put(self);
+        let _ = write!(self.text, "{style:#}");
+    }
+
+    fn end(&mut self) {
+        self.text.push('\n');
+        self.column = 0;
+    }
+
+    /// Process and socket, up to the column CLOSED.
+    fn begin(&mut self, process: Option<&Process>, role: Role, local: SocketAddr, remote: SocketAddr) {
+        self.stop(column::PROCESS);
+        match process {
+            Some(process) => self.process(process),
+            None => self.style(DIM, |line| line.put("unknown")),
+        }
+        self.stop(column::SOCKET);
+        // Numbers and addresses only: they fit, and need no escaping.
+        let start = self.text.len();
+        let arrow = match role {
+            Role::Server => '<',
+            Role::Client => '>',
+            Role::Unknown => '-',
+        };
+        let port = remote.port();
+        let _ = match remote.ip() {
+            IpAddr::V4(ip) => write!(self.text, ":{} {arrow} {ip}:{port}", local.port()),
+            IpAddr::V6(ip) => write!(self.text, ":{} {arrow} [{ip}]:{port}", local.port()),
+        };
+        self.column += self.text.len() - start;
+        self.stop(column::CLOSED);
+    }
+
+    fn process(&mut self, process: &Process) {
+        self.named(process.pid, &process.comm);
+    }
+
+    fn named(&mut self, pid: u32, comm: &str) {
+        let begin = self.column;
+        self.put(&format!("{pid}/"));
+        self.put_within(comm, (begin + PROCESS_WIDTH).saturating_sub(self.column));
+    }
+
+    /// ` (GET /target 200)`, with the target as far as there is room.
+    fn request(&mut self, http: &Http) {
+        let Some((method, target)) = http.method.as_deref().zip(http.target.as_deref()) else { return };
+        let room = WIDTH - self.column;
+        if room < REQUEST_MIN {
+            return;
+        }
+        let end = http.status.map_or(" -)".to_owned(), |status| format!(" {status})"));
+        self.put(" (");
+        let last = WIDTH - end.len();
+        self.put_within(method, last - self.column);
+        self.put_within(" ", last - self.column);
+        // One column for the mark of a target that the record itself has cut.
+        let mark = usize::from(http.target_truncated);
+        let max = (last - self.column).saturating_sub(mark);
+        let before = self.text.len();
+        self.put_within(target, max);
+        if http.target_truncated && !self.text[before..].ends_with('…') {
+            self.put_within("…", last - self.column);
+        }
+        self.put(&end);
+    }
+}
+
+/// `850 us`, `12 ms`, `3.4 s`
+fn elapsed(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} us"),
+        1_000..1_000_000 => format!("{} ms", us / 1_000),
+        _ => format!("{}.{} s", us / 1_000_000, us / 100_000 % 10),
+    }
+}
+
+const fn fate_style(fate: Final) -> Style {
+    match fate {
+        Final::TimeWait | Final::FinWait2 => TIME_WAIT,
+        Final::Reset | Final::TimedOut => ALARM,
+        Final::Closed | Final::Unknown => Style::new(),
+    }
+}
+
+const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
+    match closed_by {
+        ClosedBy::Local => "local",
+        ClosedBy::Remote => "remote",
+        ClosedBy::Both => "both",
+        ClosedBy::None => "none",
+    }
+}
+
+const fn fate_word(fate: Final) -> &'static str {
+    match fate {
+        Final::TimeWait => "time_wait",
+        Final::FinWait2 => "fin_wait2",
+        Final::Closed => "closed",
+        Final::Reset => "reset",
+        Final::TimedOut => "timed_out",
+        Final::Unknown => "unknown",
+    }
+}
+
+const fn cause_word(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Timeout => "timeout",
+        Cause::ResetByPeer => "reset_by_peer",
+        Cause::ResetByLocal => "reset_by_local",
+        Cause::ProcessExit => "process_exit",
+        Cause::Unused => "unused",
+        Cause::Tls => "tls",
+        Cause::Upgraded => "upgraded",
+        Cause::H2 => "h2",
+        Cause::NotHttp => "not_http",
+        Cause::Unanswered => "unanswered",
+        Cause::Truncated => "truncated",
+        Cause::RequestClose => "request_close",
+        Cause::ResponseClose => "response_close",
+        Cause::Http10 => "http10",
+        Cause::IdleTimeout => "idle_timeout",
+        Cause::NoReuse => "no_reuse",
+        Cause::Unknown => "unknown",
+    }
+}
+
+const fn state_word(state: TcpState) -> &'static str {
+    match state {
+        TcpState::Established => "ESTABLISHED",
+        TcpState::SynSent => "SYN_SENT",
+        TcpState::SynRecv => "SYN_RECV",
+        TcpState::FinWait1 => "FIN_WAIT1",
+        TcpState::FinWait2 => "FIN_WAIT2",
+        TcpState::TimeWait => "TIME_WAIT",
+        TcpState::Close => "CLOSE",
+        TcpState::CloseWait => "CLOSE_WAIT",
+        TcpState::LastAck => "LAST_ACK",
+        TcpState::Listen => "LISTEN",
+        TcpState::Closing => "CLOSING",
+        TcpState::NewSynRecv => "NEW_SYN_RECV",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A word of the text is the word of the JSON.
+    fn same_as_json<T: serde::Serialize + Copy>(values: &[T], word: fn(T) -> &'static str) {
+        for value in values {
+            assert_eq!(serde_json::to_value(value).expect("JSON"), word(*value));
+        }
+    }
+
+    #[test]
+    fn words_are_those_of_the_contract() {
+        same_as_json(&[ClosedBy::Local, ClosedBy::Remote, ClosedBy::Both, ClosedBy::None], closed_by_word);
+        same_as_json(
+            &[Final::TimeWait, Final::FinWait2, Final::Closed, Final::Reset, Final::TimedOut, Final::Unknown],
+            fate_word,
+        );
+        same_as_json(
+            &[
+                Cause::Timeout,
+                Cause::ResetByPeer,
+                Cause::ResetByLocal,
+                Cause::ProcessExit,
+                Cause::Unused,
+                Cause::Tls,
+                Cause::Upgraded,
+                Cause::H2,
+                Cause::NotHttp,
+                Cause::Unanswered,
+                Cause::Truncated,
+                Cause::RequestClose,
+                Cause::ResponseClose,
+                Cause::Http10,
+                Cause::IdleTimeout,
+                Cause::NoReuse,
+                Cause::Unknown,
+            ],
+            cause_word,
+        );
+        same_as_json(
+            &[
+                TcpState::Established,
+                TcpState::SynSent,
+                TcpState::SynRecv,
+                TcpState::FinWait1,
+                TcpState::FinWait2,
+                TcpState::TimeWait,
+                TcpState::Close,
+                TcpState::CloseWait,
+                TcpState::LastAck,
+                TcpState::Listen,
+                TcpState::Closing,
+                TcpState::NewSynRecv,
+            ],
+            state_word,
+        );
+    }
+
+    #[test]
+    fn elapsed_times() {
+        let cases = [(0, "0 us"), (999, "999 us"), (1_000, "1 ms"), (999_999, "999 ms"), (1_000_000, "1.0 s")];
+        for (us, expected) in cases {
+            assert_eq!(elapsed(us), expected);
+        }
+        assert_eq!(elapsed(61_250_000), "61.2 s");
+    }
+}

@@ -1,0 +1,233 @@
+//! What is left of a connection: asking the kernel by `sock_diag` for one exact mini-socket.
+//!
+//! What comes in: the 4-tuple, cookie and network namespace of a socket that has ended. What goes out: the state of the
+//! mini-socket that it left. The mini-socket keeps the socket's cookie and the kernel compares it, so another connection
+//! on the same 4-tuple is never mistaken for this one. It changes nothing, and holds a foreign namespace only while a
+//! look-up in it is pending.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_FIN_WAIT2, TCP_TIME_WAIT};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// One socket that has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Inode number of its network namespace.
+    pub netns: u32,
+    /// A process that was in that namespace, if one is known.
+    pub pid: Option<u32>,
+    /// Local address and port.
+    pub local: SocketAddr,
+    /// Remote address and port.
+    pub remote: SocketAddr,
+    /// The device it was bound to; 0: none.
+    pub bound_dev: u32,
+    /// Its cookie.
+    pub cookie: u64,
+}
+
+/// What is left of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// A TIME_WAIT mini-socket.
+    TimeWait,
+    /// A FIN_WAIT2 mini-socket, which will be given up after this time.
+    FinWait2(Duration),
+    /// The full socket, in whatever state: it has not ended after all.
+    Alive,
+    /// Nothing.
+    Gone,
+    /// The kernel could not be asked.
+    Unknown,
+}
+
+/// How many network namespaces are held at once.
+const NAMESPACES: usize = 64;
+
+/// Asks, with a netlink socket for each network namespace.
+pub struct SockDiag {
+    /// The namespace of tracer.
+    own: u32,
+    /// Netlink sockets by namespace; `None`: it could not be entered.
+    sockets: HashMap<u32, Option<Socket>>,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl SockDiag {
+    /// Prepares; opens nothing yet.
+    ///
+    /// # Errors
+    /// The own namespace is not known: `/proc` is not mounted.
+    pub fn new() -> io::Result<Self> {
+        let own = inode(&PathBuf::from("/proc/self/ns/net"))
+            .ok_or_else(|| io::Error::other("cannot read /proc/self/ns/net: is /proc mounted?"))?;
+        Ok(Self { own, sockets: HashMap::new(), sequence: 0, buffer: vec![0; 4096] })
+    }
+
+    /// Asks for one socket. Takes some ten microseconds; the first question in another namespace some more.
+    pub fn ask(&mut self, question: &Question) -> Answer {
+        if !self.sockets.contains_key(&question.netns) {
+            if self.sockets.len() >= NAMESPACES {
+                self.release(|_| false);
+            }
+            let socket = if question.netns == self.own { open() } else { open_in(question.netns, question.pid) };
+            if let Err(error) = &socket {
+                log::debug!("network namespace {}: {error}", question.netns);
+            }
+            self.sockets.insert(question.netns, socket.ok());
+        }
+        let Some(Some(socket)) = self.sockets.get(&question.netns) else { return Answer::Unknown };
+        self.sequence = self.sequence.wrapping_add(1);
+        match exchange(socket, self.sequence, question, &mut self.buffer) {
+            Ok(answer) => answer,
+            Err(error) => {
+                log::debug!("sock_diag: {error}");
+                // A late answer must not be taken for the next one's.
+                self.sockets.remove(&question.netns);
+                Answer::Unknown
+            }
+        }
+    }
+
+    /// Lets go of the namespaces that are not needed any more.
+    pub fn release(&mut self, needed: impl Fn(u32) -> bool) {
+        let own = self.own;
+        self.sockets.retain(|netns, _| *netns == own || needed(*netns));
+    }
+}
+
+fn inode(path: &PathBuf) -> Option<u32> {
+    u32::try_from(fs::metadata(path).ok()?.ino()).ok()
+}
+
+fn open() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
+    // The kernel answers within the request; this is for what cannot happen.
+    let timeout = Some(Duration::from_millis(200));
+    rustix::net::sockopt::set_socket_timeout(socket.as_fd(), rustix::net::sockopt::Timeout::Recv, timeout)?;
+    Ok(socket)
+}
+
+/// Opens a netlink socket in another namespace. A thread of its own enters it and ends: the others stay where they are.
+fn open_in(netns: u32, pid: Option<u32>) -> io::Result<Socket> {
+    let file = find(netns, pid).ok_or_else(|| io::Error::other("no process and no name of it is left"))?;
+    std::thread::Builder::new()
+        .name("netns".to_owned())
+        .spawn(move || {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
+            open()
+        })?
+        .join()
+        .map_err(|_| io::Error::other("the thread that entered the namespace panicked"))?
+}
+
+/// Finds a namespace by its inode: through the process that is known, any other, or a name given by `ip netns`.
+fn find(netns: u32, pid: Option<u32>) -> Option<File> {
+    let of_process = |pid: &str| PathBuf::from(format!("/proc/{pid}/ns/net"));
+    let known = pid.map(|pid| of_process(&pid.to_string()));
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        name.bytes().all(|byte| byte.is_ascii_digit()).then(|| of_process(&name))
+    });
+    let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
+    known.into_iter().chain(named).chain(processes).find_map(|path| {
+        (inode(&path)? == netns).then_some(())?;
+        let file = File::open(&path).ok()?;
+        // The process may have ended in between, and another taken its id.
+        (u32::try_from(file.metadata().ok()?.ino()).ok()? == netns).then_some(file)
+    })
+}
+
+/// One request, one reply.
+fn exchange(socket: &Socket, sequence: u32, question: &Question, buffer: &mut Vec<u8>) -> io::Result<Answer> {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST;
+    header.sequence_number = sequence;
+    let request = InetRequest {
+        family: if question.local.is_ipv4() { AF_INET } else { AF_INET6 },
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id: SocketId {
+            source_port: question.local.port(),
+            destination_port: question.remote.port(),
+            source_address: question.local.ip(),
+            destination_address: question.remote.ip(),
+            interface_id: question.bound_dev,
+            // Two words, the low one first: `sock_diag_save_cookie()`.
+            cookie: {
+                let cookie = question.cookie;
+                let mut bytes = [0; 8];
+                bytes[..4].copy_from_slice(&((cookie & 0xffff_ffff) as u32).to_ne_bytes());
+                bytes[4..].copy_from_slice(&((cookie >> 32) as u32).to_ne_bytes());
+                bytes
+            },
+        },
+    };
+    debug_assert!(matches!(question.local.ip(), IpAddr::V4(_)) == matches!(question.remote.ip(), IpAddr::V4(_)));
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let length = message.buffer_len();
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+    message.serialize(&mut buffer[..length]);
+    socket.send(&buffer[..length], 0)?;
+    let received = socket.recv(&mut &mut buffer[..], 0)?;
+    let reply = buffer.get(..received).unwrap_or_default();
+    answer(reply, sequence)
+}
+
+/// Offset of `idiag_expires` in a reply: behind `struct nlmsghdr` and the first members of `struct inet_diag_msg`.
+const EXPIRES_AT: usize = 16 + 4 + 48;
+
+/// Reads a reply.
+///
+/// # Errors
+/// It is no reply to `sequence`.
+fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let message = NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
+    if message.header.sequence_number != sequence {
+        return Err(invalid("a reply to another request"));
+    }
+    match message.payload {
+        NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => Ok(match response.header.state {
+            TCP_TIME_WAIT => Answer::TimeWait,
+            // The crate does not keep the time that a mini-socket has left.
+            TCP_FIN_WAIT2 if response.header.inode == 0 => {
+                let expires = reply.get(EXPIRES_AT..EXPIRES_AT + 4).and_then(|bytes| bytes.try_into().ok());
+                let expires = u32::from_ne_bytes(expires.ok_or_else(|| invalid("a short reply"))?);
+                Answer::FinWait2(Duration::from_millis(expires.into()))
+            }
+            _ => Answer::Alive,
+        }),
+        NetlinkPayload::Error(error) => match error.code.map(|code| -code.get()) {
+            // No such socket; or one on the 4-tuple that has another cookie.
+            Some(code)
+                if code == rustix::io::Errno::NOENT.raw_os_error()
+                    || code == rustix::io::Errno::STALE.raw_os_error() =>
+            {
+                Ok(Answer::Gone)
+            }
+            code => Err(invalid(&format!("error {code:?}"))),
+        },
+        _ => Err(invalid("an unexpected message")),
+    }
+}

@@ -1,0 +1,430 @@
+//! Facts of one ended socket in, the verdict out: who closed first, what is left, and why.
+//!
+//! Pure functions: no I/O, no clock, no state. Each cause of the closed set is one rule, and the first that fits wins.
+//! What was not observed never counts as absent: a rule that needs it does not fit, and in the end the cause is unknown.
+
+use std::time::Duration;
+
+use crate::decode::Socket;
+use crate::event::{Cause, Close, ClosedBy, Connection, Final, FinalSource, How, Http, Protocol, Role, TcpState};
+
+/// Values of `sk_err` that say how a socket ended.
+mod errno {
+    /// `ENETDOWN`, `ENETUNREACH`, `EHOSTDOWN`, `EHOSTUNREACH`: what ICMP last said of a peer that did not answer; the
+    /// kernel prefers it to `ETIMEDOUT`.
+    pub(super) const UNREACHABLE: [u16; 4] = [100, 101, 112, 113];
+    pub(super) const EPIPE: u16 = 32;
+    pub(super) const ECONNABORTED: u16 = 103;
+    pub(super) const ECONNRESET: u16 = 104;
+    pub(super) const ETIMEDOUT: u16 = 110;
+}
+
+/// A persistent connection without payload for so long is idle.
+const IDLE_US: u64 = 1_000_000;
+/// How near to the announced time-out an idle time must be to count as it: the larger of this and a tenth.
+const TIMEOUT_SLACK_US: u64 = 100_000;
+
+/// How a socket ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// Who sent the first FIN or RST.
+    pub closed_by: ClosedBy,
+    /// FIN, RST or time-out; `None`: nothing of these.
+    pub how: Option<How>,
+    /// What is left.
+    pub fate: Fate,
+}
+
+/// What is left of a connection, as far as the facts tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is certain, or as certain as it can be.
+    Known(Final, FinalSource),
+    /// The kernel must be asked: there may be a FIN_WAIT2 mini-socket, or no room for a TIME_WAIT one.
+    Ask,
+}
+
+/// How a socket ended that went from `socket.old` to CLOSE.
+///
+/// The kernel ends the full socket in the same way for TIME_WAIT, for a reset and for an abort; what tells them apart is
+/// the state before, `sk_err`, and which segments were seen.
+pub fn ending(socket: &Socket) -> Ending {
+    if reset_arrived(socket) {
+        return by_reset(socket, ClosedBy::Remote);
+    }
+    match socket.old {
+        // The peer's FIN is there and ours is acknowledged: `tcp_time_wait`. An error that ICMP left behind on a socket
+        // that lived on says nothing about that; only a time-out does.
+        TcpState::FinWait1 | TcpState::FinWait2 | TcpState::Closing
+            if (socket.fin_received || socket.old == TcpState::Closing) && !aborted(socket) && !timed_out(socket) =>
+        {
+            let fallback = if socket.old == TcpState::Closing { ClosedBy::Both } else { ClosedBy::Local };
+            Ending { closed_by: first_end_or(socket, fallback), how: Some(How::Fin), fate: time_wait(socket) }
+        }
+        _ if timed_out(socket) || unreachable(socket) => Ending {
+            closed_by: socket.first_end,
+            how: Some(How::Timeout),
+            fate: Fate::Known(Final::TimedOut, FinalSource::State),
+        },
+        _ if socket.rst_sent => by_reset(socket, ClosedBy::Local),
+        _ if aborted(socket) => without_segment(socket),
+        TcpState::LastAck => Ending {
+            closed_by: first_end_or(socket, ClosedBy::Remote),
+            how: Some(How::Fin),
+            fate: Fate::Known(Final::Closed, FinalSource::State),
+        },
+        // Our FIN is acknowledged, the peer's has not come. A mini-socket may wait for it.
+        TcpState::FinWait2 => {
+            Ending { closed_by: first_end_or(socket, ClosedBy::Local), how: Some(How::Fin), fate: Fate::Ask }
+        }
+        // Without an error only `close` with unread data, SO_LINGER 0 and `disconnect` do this, and the RST leaves right
+        // after the transition.
+        TcpState::Established | TcpState::CloseWait | TcpState::SynRecv => by_reset(socket, ClosedBy::Local),
+        TcpState::FinWait1 | TcpState::Closing if socket.in_process => by_reset(socket, ClosedBy::Local),
+        // FIN_WAIT1 in softirq: the kernel gave up an orphan (its namespace is gone, or there are too many) in silence.
+        // SYN_SENT: the application gave up, or ICMP refused.
+        _ => without_segment(socket),
+    }
+}
+
+/// A RST came in. The error alone proves it, too, unless this end answered data after its `close`: then the kernel runs
+/// the same function to send one.
+fn reset_arrived(socket: &Socket) -> bool {
+    socket.rst_received || (matches!(socket.sk_err, errno::ECONNRESET | errno::EPIPE) && !socket.rst_sent)
+}
+
+/// `sk_err` says that the peer no longer answered.
+const fn timed_out(socket: &Socket) -> bool {
+    socket.sk_err == errno::ETIMEDOUT
+}
+
+/// Likewise. In FIN_WAIT2 nothing of ours is on the way: there only a keep-alive probe can fail, and that sends a RST.
+fn unreachable(socket: &Socket) -> bool {
+    errno::UNREACHABLE.contains(&socket.sk_err) && (socket.old != TcpState::FinWait2 || socket.rst_sent)
+}
+
+/// `tcp_abort` (`ss -K`).
+const fn aborted(socket: &Socket) -> bool {
+    socket.sk_err == errno::ECONNABORTED
+}
+
+fn first_end_or(socket: &Socket, fallback: ClosedBy) -> ClosedBy {
+    if socket.first_end == ClosedBy::None { fallback } else { socket.first_end }
+}
+
+fn by_reset(socket: &Socket, by: ClosedBy) -> Ending {
+    Ending {
+        closed_by: first_end_or(socket, by),
+        how: Some(How::Rst),
+        fate: Fate::Known(Final::Reset, FinalSource::State),
+    }
+}
+
+const fn without_segment(socket: &Socket) -> Ending {
+    Ending { closed_by: socket.first_end, how: None, fate: Fate::Known(Final::Closed, FinalSource::State) }
+}
+
+/// Both FINs are there: TIME_WAIT, if its table had room.
+const fn time_wait(socket: &Socket) -> Fate {
+    match socket.time_wait_room {
+        Some(true) => Fate::Known(Final::TimeWait, FinalSource::Fin),
+        Some(false) => Fate::Ask,
+        None => Fate::Known(Final::TimeWait, FinalSource::Inferred),
+    }
+}
+
+/// One rule for each cause, in the order of the contract.
+const RULES: [(Cause, fn(&Socket, &Ending) -> bool); 16] = [
+    (Cause::Timeout, timeout),
+    (Cause::ResetByPeer, reset_by_peer),
+    (Cause::ResetByLocal, reset_by_local),
+    (Cause::ProcessExit, process_exit),
+    (Cause::Unused, unused),
+    (Cause::Tls, tls),
+    (Cause::Upgraded, upgraded),
+    (Cause::H2, h2),
+    (Cause::NotHttp, not_http),
+    (Cause::Unanswered, unanswered),
+    (Cause::Truncated, truncated),
+    (Cause::RequestClose, request_close),
+    (Cause::ResponseClose, response_close),
+    (Cause::Http10, http10),
+    (Cause::IdleTimeout, idle_timeout),
+    (Cause::NoReuse, no_reuse),
+];
+
+/// Why a socket ended: the first rule that fits, or [`Cause::Unknown`].
+pub fn cause(socket: &Socket, ending: &Ending) -> Cause {
+    RULES.iter().find(|(_, fits)| fits(socket, ending)).map_or(Cause::Unknown, |(cause, _)| *cause)
+}
+
+fn timeout(_: &Socket, ending: &Ending) -> bool {
+    ending.how == Some(How::Timeout)
+}
+
+fn reset_by_peer(socket: &Socket, ending: &Ending) -> bool {
+    ending.how == Some(How::Rst) && reset_arrived(socket)
+}
+
+/// A RST that was sent counts only if it ended the socket: in a handshake one can be sent by a socket that lives on.
+fn reset_by_local(socket: &Socket, ending: &Ending) -> bool {
+    ending.how == Some(How::Rst) && !reset_arrived(socket)
+}
+
+fn process_exit(socket: &Socket, ending: &Ending) -> bool {
+    socket.closed_by_exit && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
+}
+
+fn unused(socket: &Socket, _: &Ending) -> bool {
+    socket.rx_bytes == 0 && socket.tx_bytes == 0
+}
+
+fn tls(socket: &Socket, _: &Ending) -> bool {
+    socket.protocol == Protocol::Tls
+}
+
+fn upgraded(socket: &Socket, _: &Ending) -> bool {
+    socket.scan.upgraded || socket.protocol == Protocol::Websocket
+}
+
+fn h2(socket: &Socket, _: &Ending) -> bool {
+    socket.protocol == Protocol::H2
+}
+
+fn not_http(socket: &Socket, _: &Ending) -> bool {
+    socket.protocol == Protocol::Other
+}
+
+/// A request was seen, or its beginning, and all of the other direction, and no final response head is in it.
+fn unanswered(socket: &Socket, _: &Ending) -> bool {
+    socket.http.as_ref().is_some_and(|http| {
+        (http.requests > 0 || http.method.is_some()) && !http.answered && !socket.scan.responses_lost
+    })
+}
+
+fn truncated(socket: &Socket, _: &Ending) -> bool {
+    socket.http.is_some() && socket.scan.body_incomplete && !socket.scan.responses_lost
+}
+
+fn request_close(socket: &Socket, _: &Ending) -> bool {
+    socket.http.as_ref().is_some_and(|http| matches!(request(socket, http), Said::Close))
+}
+
+/// A response that was sent unasked (408) has no request that could have carried `close`.
+fn response_close(socket: &Socket, _: &Ending) -> bool {
+    socket.http.as_ref().is_some_and(|http| {
+        matches!(request(socket, http), Said::KeepAlive | Said::Silent | Said::Nothing)
+            && matches!(response(http), Said::Close)
+    })
+}
+
+fn http10(socket: &Socket, _: &Ending) -> bool {
+    exchange(socket) == Some(Persistence::Http10)
+}
+
+/// A response whose body ends with the connection has closed it for that reason, not for idling: it is not persistent,
+/// and the set has no word for it.
+fn idle_timeout(socket: &Socket, ending: &Ending) -> bool {
+    persistent(socket, ending)
+        && idle_us(socket).is_some_and(|idle| {
+            idle >= IDLE_US || announced_us(socket).is_some_and(|announced| is_about(idle, announced))
+        })
+}
+
+/// Idle for a shorter time than [`idle_timeout`] wants, which is asked before.
+fn no_reuse(socket: &Socket, ending: &Ending) -> bool {
+    persistent(socket, ending) && idle_us(socket).is_some() && !socket.scan.body_incomplete
+}
+
+/// What one head said about the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    /// `close`
+    Close,
+    /// `keep-alive`, and not `close`.
+    KeepAlive,
+    /// Neither.
+    Silent,
+    /// There was no head.
+    Nothing,
+    /// Not all of the head was seen, or it is not known whether it was the last one.
+    Unobserved,
+}
+
+impl Said {
+    const fn of(connection: Option<Connection>) -> Self {
+        match connection {
+            None | Some(Connection::Unobserved) => Self::Unobserved,
+            Some(connection) if connection.is_close() => Self::Close,
+            Some(connection) if connection.is_keep_alive() => Self::KeepAlive,
+            Some(_) => Self::Silent,
+        }
+    }
+}
+
+fn request(socket: &Socket, http: &Http) -> Said {
+    let seen_from_the_first_byte = !socket.started_before && !socket.scan.requests_lost;
+    if http.requests == 0 && http.method.is_none() && http.request_connection.is_none() && seen_from_the_first_byte {
+        return Said::Nothing;
+    }
+    Said::of(http.request_connection)
+}
+
+const fn response(http: &Http) -> Said {
+    Said::of(http.response_connection)
+}
+
+/// What RFC 9112, section 9.3, makes of the last exchange, if all of it was seen and nobody said `close`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Persistence {
+    Persistent,
+    Http10,
+}
+
+/// An HTTP/1.1 message persists unless it says `close`, an HTTP/1.0 one only if it says `keep-alive`. A client that
+/// speaks 1.0 must also be told so by the response, of whatever version: it knows no other sign.
+fn exchange(socket: &Socket) -> Option<Persistence> {
+    let http = socket.http.as_ref()?;
+    let (asked, told) = (request(socket, http), response(http));
+    if !http.answered
+        || !matches!(asked, Said::KeepAlive | Said::Silent)
+        || !matches!(told, Said::KeepAlive | Said::Silent)
+    {
+        return None;
+    }
+    match (http.request_version?, http.response_version?) {
+        ("1.0", _) if asked != Said::KeepAlive || told != Said::KeepAlive => Some(Persistence::Http10),
+        (_, "1.0") if told != Said::KeepAlive => Some(Persistence::Http10),
+        _ => Some(Persistence::Persistent),
+    }
+}
+
+/// Nothing in the last exchange ended the connection: somebody did.
+fn persistent(socket: &Socket, ending: &Ending) -> bool {
+    exchange(socket) == Some(Persistence::Persistent)
+        && !socket.scan.body_until_close
+        && !socket.scan.requests_lost
+        && !socket.scan.responses_lost
+        && ending.closed_by != ClosedBy::None
+}
+
+/// From the last payload byte to the first FIN or RST.
+fn idle_us(socket: &Socket) -> Option<u64> {
+    let end = socket.end_ns.unwrap_or(socket.at_ns);
+    Some(end.saturating_sub(socket.payload_ns?) / 1000)
+}
+
+fn announced_us(socket: &Socket) -> Option<u64> {
+    let seconds = socket.http.as_ref()?.keep_alive_timeout_s.filter(|seconds| *seconds > 0)?;
+    Some(u64::from(seconds) * 1_000_000)
+}
+
+fn is_about(idle: u64, announced: u64) -> bool {
+    idle.abs_diff(announced) <= TIMEOUT_SLACK_US.max(announced / 10)
+}
+
+/// The end of a connection that speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Server,
+    Client,
+}
+
+/// Which side closed first, if one did and it is known which it is.
+const fn closing_side(close: &Close) -> Option<Side> {
+    match (close.role, close.closed_by) {
+        (Role::Server, ClosedBy::Local) | (Role::Client, ClosedBy::Remote) => Some(Side::Server),
+        (Role::Server, ClosedBy::Remote) | (Role::Client, ClosedBy::Local) => Some(Side::Client),
+        _ => None,
+    }
+}
+
+/// A few words for who has to change what, where somebody can. They may hold bytes from the network: escape before
+/// showing.
+pub fn advice(close: &Close) -> Option<String> {
+    let side = closing_side(close);
+    let established = close.started_before || close.states.iter().any(|at| at.state == TcpState::Established);
+    let fixed = match close.cause {
+        Cause::RequestClose => "client asked: Connection: close",
+        Cause::ResponseClose => return Some(response_close_advice(close)),
+        Cause::Http10 => http10_advice(close),
+        Cause::IdleTimeout => return Some(idle_advice(close, side)),
+        Cause::NoReuse => match side {
+            Some(Side::Server) => "server closed without being asked to",
+            Some(Side::Client) => "client did not reuse the connection",
+            None => "closed without being asked to",
+        },
+        Cause::Timeout if established => "peer no longer answered",
+        Cause::Timeout => "connection attempt timed out",
+        Cause::ResetByPeer if !established => "connection refused",
+        Cause::ResetByPeer if is_unanswered(close) => return Some(format!("reset by peer, {}", no_answer(close))),
+        Cause::ResetByPeer => "reset by peer",
+        Cause::ResetByLocal => "closed with unread data or SO_LINGER 0",
+        Cause::ProcessExit => "its process exited",
+        Cause::Unused => "opened but never used",
+        Cause::Unanswered => return Some(no_answer(close)),
+        Cause::Truncated => match side {
+            Some(Side::Server) => "server cut its response short",
+            Some(Side::Client) => "client left before the response's end",
+            None => "response cut short",
+        },
+        Cause::Tls | Cause::Upgraded | Cause::H2 | Cause::NotHttp | Cause::Unknown => return None,
+    };
+    Some(fixed.to_owned())
+}
+
+fn response_close_advice(close: &Close) -> String {
+    let http = close.http.as_ref();
+    let old_client = http.is_some_and(|http| {
+        http.request_version == Some("1.0") && !http.request_connection.is_some_and(Connection::is_keep_alive)
+    });
+    match http.and_then(|http| http.status) {
+        // The server had no other choice.
+        _ if old_client => "HTTP/1.0 client, no keep-alive".to_owned(),
+        // An error is often the reason that the server gives the connection up.
+        Some(status) if status >= 400 => format!("server answered {status}: Connection: close"),
+        _ => "server answered: Connection: close".to_owned(),
+    }
+}
+
+fn http10_advice(close: &Close) -> &'static str {
+    let http = close.http.as_ref();
+    if http.is_some_and(|http| http.request_version != Some("1.0")) {
+        "HTTP/1.0 server, no keep-alive"
+    } else if http.is_some_and(|http| http.request_connection.is_some_and(Connection::is_keep_alive)) {
+        "server ignored HTTP/1.0 keep-alive"
+    } else {
+        "HTTP/1.0 client, no keep-alive"
+    }
+}
+
+fn idle_advice(close: &Close, side: Option<Side>) -> String {
+    let idle = seconds(close.idle_us.unwrap_or(0));
+    match side {
+        Some(Side::Server) => format!("server's keep-alive time-out: idle {idle}"),
+        Some(Side::Client) => format!("client closed it after {idle} idle"),
+        None => format!("closed after {idle} idle"),
+    }
+}
+
+fn is_unanswered(close: &Close) -> bool {
+    close.http.as_ref().is_some_and(|http| {
+        http.method.is_some() && !http.answered && http.response_connection != Some(Connection::Unobserved)
+    })
+}
+
+fn no_answer(close: &Close) -> String {
+    match close.http.as_ref().and_then(|http| Some((http.method.as_deref()?, http.target.as_deref()?))) {
+        Some((method, target)) => format!("no answer to {method} {target}"),
+        None => "no answer to a request".to_owned(),
+    }
+}
+
+/// `1.0 s`; without decimals from 100 s on.
+fn seconds(us: u64) -> String {
+    let time = Duration::from_micros(us);
+    if time.as_secs() < 100 { format!("{:.1} s", time.as_secs_f64()) } else { format!("{} s", time.as_secs()) }
+}
+
+#[cfg(test)]
+mod tests;
