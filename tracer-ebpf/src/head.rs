@@ -116,7 +116,7 @@ pub const EGRESS: usize = 1;
 
 /// Words of the window of payload that [`step`] reads.
 pub const WINDOW_WORDS: usize = 24;
-/// Bytes of it.
+/// Its bytes. More would help long lines, but the stack of all frames together is 512 bytes.
 pub const WINDOW: usize = WINDOW_WORDS * 8;
 /// The byte that is looked at lies in one of the first 16 words: the 8 behind it are in bounds.
 const INDEX_MASK: i32 = 15;
@@ -443,7 +443,9 @@ pub fn leave<const D: usize>(http: &mut Http, finished: bool) {
 pub fn refill<const D: usize>(http: &mut Http) -> Option<(u32, u32)> {
     let s = stream(http, D);
     let position = s.at.wrapping_sub(s.window_at);
-    if position <= LAST_POSITION && position < s.window_len {
+    let data = s.phase == phase::BODY || s.phase == phase::CHUNK_DATA;
+    // Data is passed over unseen.
+    if data || position <= LAST_POSITION && position < s.window_len {
         return None;
     }
     let mut n = s.len.wrapping_sub(s.at);

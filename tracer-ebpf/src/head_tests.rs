@@ -172,6 +172,8 @@ fn the_connection_field() {
         ("Connection: keep-alive,\r\n\tclose\r\nHost: x\r\n", CLOSE | KEEP_ALIVE),
         ("Connection: close\r\n , foo\r\n", CLOSE | other),
         ("Connection: close\r\n foo\r\n", other),
+        ("Connection: keep-\r\n alive\r\n", other),
+        ("Connection: keep-\n alive\r\n", other),
         ("Connection: close\r\n \r\nHost: x\r\n", CLOSE),
         ("X: a\r\n Connection: close\r\n", COMPLETE),
         ("X-Connection: close\r\n", COMPLETE),
@@ -353,6 +355,7 @@ fn unknown_framing_loses_what_follows() {
         "Content-Length: 5, 6\r\n",
         "Content-Length: -1\r\n",
         "Content-Length: 5 5\r\n",
+        "Content-Length: 5\r\n 6\r\n",
         "Content-Length:\r\n",
         "Content-Length: 99999999999999999999\r\n",
         "Content-Length: 0x10\r\n",
@@ -362,6 +365,12 @@ fn unknown_framing_loses_what_follows() {
         let mut c = request(format!("POST / HTTP/1.1\r\nConnection: close\r\n{fields}\r\n"));
         assert_eq!((c.x().requests, c.x().request_connection), (1, CLOSE), "{fields}");
         assert!(!c.has(bit::REQUESTS_LOST));
+        let head = format!("POST / HTTP/1.1\r\nConnection: close\r\n{fields}\r\n");
+        for cut in 1..head.len() {
+            let mut c = request(&head[..cut]);
+            c.send::<IN>(&head[cut..]).send::<IN>("G");
+            assert!(c.has(bit::REQUESTS_LOST) && c.x().requests == 1, "{fields} {cut}");
+        }
         c.send::<IN>("GET / HTTP/1.1\r\n\r\n");
         assert_eq!((c.x().requests, c.x().request_connection & COMPLETE), (1, 0), "{fields}");
         assert!(c.has(bit::REQUESTS_LOST));
@@ -370,8 +379,10 @@ fn unknown_framing_loses_what_follows() {
         let c = request(format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{body}"));
         assert!(c.has(bit::REQUESTS_LOST), "{body:?}");
     }
-    let c = response("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nHTTP/1.1 200 OK\r\n\r\n");
-    assert!(c.has(bit::BODY_UNTIL_CLOSE) && !c.has(bit::RESPONSES_LOST) && c.x().responses == 1);
+    for coding in ["gzip", "chunked, gzip"] {
+        let c = response(format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"));
+        assert!(c.has(bit::BODY_UNTIL_CLOSE) && !c.has(bit::RESPONSES_LOST) && c.x().responses == 1);
+    }
 }
 
 #[test]

@@ -311,4 +311,4 @@ pub mod counter {
 }
 
 const _: () = assert!(size_of::<Task>() == 32);
-const _: () = assert!(size_of::<Record>() % 8 == 0);
+const _: () = assert!(size_of::<Record>().is_multiple_of(8));

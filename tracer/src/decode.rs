@@ -302,14 +302,19 @@ const fn lost(exchange: &head::Exchange) -> bool {
 
 fn http(exchange: &head::Exchange) -> Option<Http> {
     let has = |bit: u16| exchange.flags & bit != 0;
-    if !matches!(exchange.protocol, protocol::HTTP1 | protocol::WEBSOCKET)
-        && !(exchange.protocol == protocol::H2 && has(bit::UPGRADED))
-    {
+    let spoken = match exchange.protocol {
+        protocol::HTTP1 | protocol::WEBSOCKET => true,
+        protocol::H2 => has(bit::UPGRADED),
+        _ => false,
+    };
+    if !spoken {
         return None;
     }
     let text =
         |bytes: &[u8], len: u8| String::from_utf8_lossy(bytes.get(..usize::from(len)).unwrap_or(bytes)).into_owned();
-    let request = has(bit::HAS_REQUEST);
+    // Once part of the requests was missed, the one that was seen last need not be the last one. A response that was seen
+    // answers the last request: a further request would have cleared it.
+    let request = has(bit::HAS_REQUEST) && !has(bit::REQUESTS_LOST);
     let response = has(bit::HAS_RESPONSE);
     Some(Http {
         requests: exchange.requests,
@@ -340,7 +345,7 @@ fn connection(tokens: u8, head: bool, lost: bool) -> Option<Connection> {
     if !head {
         return lost.then_some(Connection::Unobserved);
     }
-    if tokens & token::COMPLETE == 0 || lost {
+    if tokens & token::COMPLETE == 0 {
         return Some(Connection::Unobserved);
     }
     let has = |bit: u8| tokens & bit != 0;

@@ -1,0 +1,207 @@
+//! How the program starts, ends and refuses; and that nothing foreign reaches a terminal.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::rig::{Guard, Listener, Tracer, expect, get, ok, tracer};
+
+/// One connection that closes.
+fn traffic(listener: &Listener) -> (u16, u16) {
+    let mut pair = listener.connect();
+    pair.request(get("Connection: close\r\n"));
+    pair.respond(ok(""));
+    pair.server_closes_first()
+}
+
+/// Runs a tracer that must refuse to, and returns what it said.
+fn refused(command: &mut Command, code: i32) -> String {
+    let Output { status, stdout, stderr } = command.output().expect("tracer starts");
+    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+    assert_eq!(status.code(), Some(code), "{stderr}");
+    assert!(stdout.is_empty(), "{}", String::from_utf8_lossy(&stdout));
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    stderr
+}
+
+#[test]
+fn arguments_out_of_range() {
+    for port in ["0", "65536", "-1", "http", ""] {
+        refused(tracer().args(["run", "--port", port]), 2);
+    }
+    for pid in ["0", "-1", "4294967296", "nginx", ""] {
+        refused(tracer().args(["run", "--pid", pid]), 2);
+    }
+    refused(tracer().args(["run", "--no-such-option"]), 2);
+}
+
+#[test]
+fn a_pid_that_does_not_exist() {
+    let mut ended = Command::new("true").spawn().expect("it starts");
+    let pid = ended.id().to_string();
+    ended.wait().expect("it is our child");
+    let said = refused(tracer().args(["run", "--pid", &pid]), 2);
+    assert!(said.contains(&pid), "{said}");
+}
+
+#[test]
+fn without_privileges() {
+    // Where an unprivileged user can reach it.
+    let directory = tempfile::tempdir().expect("a directory can be made");
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let binary = directory.path().join("tracer");
+    fs::copy(tracer().get_program(), &binary).expect("it can be copied");
+    let said = refused(Command::new(binary).arg("run").uid(65534).gid(65534), 3);
+    assert!(said.contains("root") || said.contains("CAP_"), "{said}");
+}
+
+#[test]
+fn sigterm_and_sigint_end_it_with_a_summary() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let listener = Listener::new();
+        let tracer = Tracer::on_port(listener.port);
+        let (server, client) = traffic(&listener);
+        tracer.wait_for_close(server, client);
+        tracer.wait_for_close(client, server);
+        tracer.signal(signal);
+        let (run, status) = tracer.join();
+        assert_eq!(status.code(), Some(0));
+        expect(&run.summary, &json!({ "closes": 2, "time_wait": 1, "lost": 0 }));
+    }
+}
+
+#[test]
+fn duration() {
+    let listener = Listener::new();
+    let begun = Instant::now();
+    let tracer = Tracer::start(&["--duration", "2s", "--port", &listener.port.to_string()]);
+    let (server, client) = traffic(&listener);
+    tracer.wait_for_close(server, client);
+    let (run, status) = tracer.join();
+    assert_eq!(status.code(), Some(0));
+    assert!(begun.elapsed() >= Duration::from_secs(2));
+    let lasted = run.summary["duration_s"].as_f64().expect("a number");
+    assert!((1.9..4.0).contains(&lasted), "{lasted}");
+}
+
+#[test]
+fn a_closed_stdout_is_success() {
+    for format in [&["--json"][..], &[]] {
+        let listener = Listener::new();
+        let mut process = Guard(
+            tracer()
+                .arg("run")
+                .args(format)
+                .args(["--port", &listener.port.to_string()])
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("tracer starts"),
+        );
+        // `head -1`
+        let mut line = String::new();
+        BufReader::new(process.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+        assert!(!line.is_empty());
+        let begun = Instant::now();
+        while process.0.try_wait().expect("it is our child").is_none() {
+            assert!(begun.elapsed() < crate::rig::PATIENCE, "tracer goes on without a reader");
+            traffic(&listener);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(process.wait().code(), Some(0));
+    }
+}
+
+/// What may appear on a terminal: printable characters and line ends, nothing that moves, colours or reorders.
+fn is_harmless(text: &str) -> bool {
+    let reorders = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().all(|c| c == '\n' || !(c.is_control() || reorders(c)))
+}
+
+#[test]
+fn what_others_chose_is_escaped() {
+    let listener = Listener::new();
+    let mut process = Guard(
+        tracer()
+            .args(["run", "--port", &listener.port.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("tracer starts"),
+    );
+    let mut stdout = BufReader::new(process.0.stdout.take().expect("piped"));
+    let mut text = String::new();
+    stdout.read_line(&mut text).expect("it prints");
+
+    // A client whose name is an escape sequence. First a target that is no HTTP but would be obeyed by a terminal, then
+    // one with bytes that may stand in a target, and still control or reorder what is shown.
+    let script = format!(
+        "import socket\n\
+         open('/proc/self/comm', 'w').write('\\x1b[2J\\x07x')\n\
+         for target in ['\\x1b[31m\\x00\\x7f', '\\x9b31m\\u202e\\u2066\\ufeff']:\n\
+         \x20 s = socket.create_connection(('127.0.0.1', {}))\n\
+         \x20 s.sendall(('GET /' + target + ' HTTP/1.1\\r\\nConnection: close\\r\\n\\r\\n').encode())\n\
+         \x20 while s.recv(4096): pass\n",
+        listener.port
+    );
+    let mut client = Guard(Command::new("python3").args(["-c", &script]).spawn().expect("Python starts"));
+    for _ in 0..2 {
+        let (mut server, _) = listener.accept();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            server.read_exact(&mut byte).expect("the client asks");
+            head.push(byte[0]);
+        }
+        server.write_all(ok("Connection: close\r\n").as_bytes()).expect("the connection is open");
+    }
+    assert!(client.wait().success());
+
+    // Four closes, then the summary.
+    let mut closes = 0;
+    while closes < 4 {
+        let from = text.len();
+        assert!(stdout.read_line(&mut text).expect("tracer runs") > 0, "tracer ended: {text}");
+        closes += usize::from(text[from..].contains(&listener.port.to_string()));
+    }
+    process.signal(Signal::INT);
+    stdout.read_to_string(&mut text).expect("it is UTF-8");
+    assert_eq!(process.wait().code(), Some(0));
+    assert!(is_harmless(&text), "{text:?}");
+    assert!(text.contains(r"\x1b[2J"), "the name is shown, escaped: {text:?}");
+    assert!(text.contains("Connection: close"), "the second request is HTTP: {text:?}");
+}
+
+#[test]
+fn json_has_no_raw_control_characters() {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let mut pair = listener.connect();
+    pair.request("GET /\u{1b}[31m\0\u{7f} HTTP/1.1\r\nConnection: close\r\n\r\n");
+    pair.respond(ok("Connection: close\r\n"));
+    let (server, client) = pair.server_closes_first();
+    // Whether such a request is still HTTP is for the scanner to say; that its record is one line of JSON is not.
+    let close = tracer.wait_for_close(server, client);
+    assert!(matches!(close["cause"].as_str(), Some("request_close" | "response_close" | "not_http")), "{close:#}");
+    tracer.stop();
+}
+
+#[test]
+fn a_process_that_dies_at_once() {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    // By the time that its record is read there is no such process.
+    let script =
+        format!("exec 3<>/dev/tcp/127.0.0.1/{}; printf 'GET / HTTP/1.1\\r\\n\\r\\n' >&3; kill -9 $$", listener.port);
+    let mut client = Guard(Command::new("bash").args(["-c", &script]).spawn().expect("a shell starts"));
+    let (server, port) = listener.accept();
+    client.wait();
+    drop(server);
+    let close = tracer.wait_for_close(port, listener.port);
+    expect(&close, &json!({ "role": "client", "process": { "pid": client.id(), "comm": "bash" } }));
+    tracer.stop();
+}

@@ -1,0 +1,243 @@
+//! Heads as they really arrive: cut anywhere, huge, pipelined, repeated, or no heads at all.
+
+use std::io::{Read as _, Write as _};
+
+use serde_json::{Value, json};
+
+use crate::rig::{Listener, Pair, Tracer, expect, get, ok};
+
+/// Sends pieces one by one, each in a segment of its own.
+fn in_pieces(pair: &mut Pair, from_client: bool, bytes: &[u8], size: usize) {
+    let (from, to) =
+        if from_client { (&mut pair.client, &mut pair.server) } else { (&mut pair.server, &mut pair.client) };
+    for piece in bytes.chunks(size) {
+        from.write_all(piece).expect("the connection is open");
+        // Until it is there: the next one cannot be joined to it.
+        to.read_exact(&mut vec![0; piece.len()]).expect("the connection is open");
+    }
+}
+
+/// The server's and the client's record after this script; the server closes first.
+fn records(script: impl FnOnce(&mut Pair)) -> [Value; 2] {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let mut pair = listener.connect();
+    script(&mut pair);
+    let (server, client) = pair.server_closes_first();
+    let both = [tracer.wait_for_close(server, client), tracer.wait_for_close(client, server)];
+    tracer.stop();
+    both
+}
+
+#[test]
+fn cut_at_every_few_bytes() {
+    let request = get("Connection: close\r\nX-Filler: some more bytes\r\n");
+    let response = ok("Keep-Alive: timeout=7, max=9\r\nConnection: keep-alive\r\n");
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let sizes = (1..=24).chain([31, 32, 33, 63, 64, 65]);
+    let ports: Vec<_> = sizes
+        .map(|size| {
+            let mut pair = listener.connect();
+            in_pieces(&mut pair, true, request.as_bytes(), size);
+            in_pieces(&mut pair, false, response.as_bytes(), size);
+            (size, pair.server_closes_first())
+        })
+        .collect();
+    for (size, (server, client)) in ports {
+        for (local, remote) in [(server, client), (client, server)] {
+            let close = tracer.wait_for_close(local, remote);
+            eprintln!("pieces of {size} bytes");
+            expect(
+                &close,
+                &json!({
+                    "cause": "request_close",
+                    "http": {
+                        "requests": 1, "responses": 1, "method": "GET", "target": "/path", "status": 200,
+                        "request_connection": "close", "response_connection": "keep-alive",
+                        "keep_alive_timeout_s": 7, "keep_alive_max": 9,
+                    },
+                }),
+            );
+        }
+    }
+    tracer.stop();
+}
+
+#[test]
+fn cut_once_at_every_place() {
+    let request = get("Connection: close\r\n");
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let ports: Vec<_> = (1..request.len())
+        .map(|at| {
+            let mut pair = listener.connect();
+            let (head, tail) = request.split_at(at);
+            pair.request(head);
+            pair.request(tail);
+            pair.respond(ok(""));
+            (at, pair.server_closes_first())
+        })
+        .collect();
+    for (at, (server, client)) in ports {
+        let close = tracer.wait_for_close(server, client);
+        eprintln!("cut after {at} bytes");
+        expect(
+            &close,
+            &json!({
+                "cause": "request_close",
+                "http": { "method": "GET", "target": "/path", "request_connection": "close", "requests": 1 },
+            }),
+        );
+    }
+    tracer.stop();
+}
+
+#[test]
+fn behind_a_cookie_of_60_kib() {
+    let cookie = "c".repeat(60 << 10);
+    let request = get(&format!("Cookie: secret={cookie}\r\nConnection: close\r\n"));
+    for record in records(|pair| {
+        pair.request(&request);
+        pair.respond(ok(""));
+    }) {
+        expect(
+            &record,
+            &json!({
+                "cause": "request_close",
+                "http": { "requests": 1, "target": "/path", "request_connection": "close", "answered": true },
+            }),
+        );
+        assert!(!record.to_string().contains("ccc"), "a cookie left the kernel: {record:#}");
+    }
+}
+
+#[test]
+fn with_no_end() {
+    let mut request = String::from("GET /endless HTTP/1.1\r\n");
+    while request.len() < 200 << 10 {
+        request.push_str("X-Line: and on and on and on and on and on and on and on and on\r\n");
+    }
+    for record in records(|pair| pair.request(&request)) {
+        // It cannot be said that there was no such header.
+        assert_ne!(record["http"]["request_connection"], "absent", "{record:#}");
+        assert!(matches!(record["cause"].as_str(), Some("unanswered" | "unknown")), "{record:#}");
+    }
+}
+
+#[test]
+fn pipelined() {
+    let two = [get(""), get("Connection: close\r\n")].concat();
+    for record in records(|pair| {
+        pair.request(&two);
+        pair.respond([ok(""), ok("")].concat());
+    }) {
+        expect(
+            &record,
+            &json!({
+                "cause": "request_close",
+                "http": { "requests": 2, "responses": 2, "request_connection": "close", "answered": true },
+            }),
+        );
+    }
+}
+
+#[test]
+fn several_connection_headers() {
+    let request = get("connection: Keep-Alive\r\nX: y\r\nCONNECTION:\tfoo ,\t CLOSE\r\n");
+    for record in records(|pair| {
+        pair.request(&request);
+        pair.respond(ok("Connection: x-close, keep-alive\r\nX-Connection: close\r\n"));
+    }) {
+        expect(
+            &record,
+            &json!({
+                "cause": "request_close",
+                "http": { "request_connection": "close, keep-alive, other", "response_connection": "keep-alive, other" },
+            }),
+        );
+    }
+}
+
+#[test]
+fn bodies_are_no_heads() {
+    let body = "GET /not-a-head HTTP/1.1\r\nConnection: close\r\n\r\n";
+    let post = format!("POST /one HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let chunked = format!(
+        "POST /two HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+        body.len()
+    );
+    for record in records(|pair| {
+        pair.request(&post);
+        pair.respond(ok(""));
+        pair.request(&chunked);
+        pair.respond(ok(""));
+    }) {
+        expect(
+            &record,
+            &json!({
+                "cause": "no_reuse",
+                "http": {
+                    "requests": 2, "responses": 2, "method": "POST", "target": "/two",
+                    "request_connection": "absent", "response_connection": "absent",
+                },
+            }),
+        );
+    }
+}
+
+#[test]
+fn interim_responses_do_not_count() {
+    for record in records(|pair| {
+        pair.request(get("Expect: 100-continue\r\nConnection: close\r\n"));
+        pair.respond("HTTP/1.1 100 Continue\r\n\r\n");
+        pair.respond(ok(""));
+    }) {
+        expect(&record, &json!({ "cause": "request_close", "http": { "requests": 1, "responses": 1, "status": 200 } }));
+    }
+}
+
+#[test]
+fn targets_are_bounded_and_without_query() {
+    let request = format!("GET /{}?token=secret HTTP/1.1\r\nConnection: close\r\n\r\n", "p".repeat(200));
+    for record in records(|pair| {
+        pair.request(&request);
+        pair.respond(ok(""));
+    }) {
+        let target = record["http"]["target"].as_str().expect("a target");
+        assert_eq!(target, format!("/{}", "p".repeat(63)));
+        assert_eq!(record["http"]["target_truncated"], true);
+    }
+    for record in records(|pair| {
+        pair.request("GET /short?token=secret HTTP/1.1\r\nConnection: close\r\n\r\n");
+        pair.respond(ok(""));
+    }) {
+        expect(&record, &json!({ "http": { "target": "/short" } }));
+        assert!(!record.to_string().contains("secret"), "{record:#}");
+    }
+}
+
+#[test]
+fn full_target() {
+    let listener = Listener::new();
+    let tracer = Tracer::start(&["--full-target", "--port", &listener.port.to_string()]);
+    let mut pair = listener.connect();
+    pair.request("GET /short?a=b HTTP/1.1\r\nConnection: close\r\n\r\n");
+    pair.respond(ok(""));
+    let (server, client) = pair.server_closes_first();
+    expect(&tracer.wait_for_close(server, client), &json!({ "http": { "target": "/short?a=b" } }));
+    tracer.stop();
+}
+
+#[test]
+fn many_requests_on_one_connection() {
+    const MANY: usize = 500;
+    for record in records(|pair| {
+        for _ in 0..MANY {
+            pair.request(get(""));
+            pair.respond(ok(""));
+        }
+    }) {
+        expect(&record, &json!({ "cause": "no_reuse", "http": { "requests": MANY, "responses": MANY } }));
+    }
+}

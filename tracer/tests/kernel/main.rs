@@ -1,0 +1,17 @@
+//! The real binary on a real kernel: real sockets in, the records that it printed out.
+//!
+//! Needs root, and fails without it: a test that was skipped would look like one that passed. Run it with
+//! `cargo xtask test`. Every test has its own port and its own tracer, filtered to that port, so that all may run at once.
+
+mod causes;
+mod classic;
+mod cli;
+mod fin_wait2;
+mod heads;
+mod leftovers;
+mod netns;
+mod pid;
+mod rig;
+mod servers;
+mod states;
+mod web;

@@ -1,0 +1,396 @@
+//! What the tests stand on: a running tracer whose events can be waited for, pairs of sockets, and comparing records.
+
+use std::fmt::Write as _;
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+/// Longest wait for anything that must happen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The real binary.
+pub(crate) fn tracer() -> Command {
+    assert!(rustix::process::geteuid().is_root(), "the kernel tests need root: run `cargo xtask test`");
+    Command::new(env!("CARGO_BIN_EXE_tracer"))
+}
+
+/// A port that nothing listens on, outside the range that the kernel takes ephemeral ports from.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Two runs of the tests at once start at different places.
+    let base = u16::try_from(std::process::id() % 90).expect("below 90") * 100;
+    loop {
+        let port = 20_000 + (base + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// Polls until `condition` holds, and fails if it never does.
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The standard output of a command that must succeed.
+pub(crate) fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{command:?}: {}\n{}", output.status, text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The name of a process as the kernel knows it.
+pub(crate) fn comm_of(pid: u32) -> String {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).expect("the process runs");
+    comm.trim_end_matches('\n').to_owned()
+}
+
+/// A child process that is killed when it goes out of scope.
+pub(crate) struct Guard(pub(crate) Child);
+
+impl Guard {
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.0);
+        kill_process(pid, signal).expect("the process runs");
+    }
+
+    /// Waits for its end, which must come.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("a process to end", || {
+            status = self.0.try_wait().expect("it is our child");
+            status.is_some()
+        });
+        status.expect("it has ended")
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A tracer that runs, with the events that it has printed so far.
+pub(crate) struct Tracer {
+    process: Guard,
+    shared: Arc<Shared>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<Printed>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Printed {
+    events: Vec<Value>,
+    stderr: String,
+    ended: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Printed> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All that a tracer printed.
+pub(crate) struct Run {
+    pub(crate) events: Vec<Value>,
+    pub(crate) summary: Value,
+}
+
+impl Tracer {
+    /// Starts `tracer run --json ARGS…` and waits until it traces.
+    #[track_caller]
+    pub(crate) fn start<A: AsRef<str>>(args: &[A]) -> Self {
+        let mut command = tracer();
+        command.args(["run", "--json"]).args(args.iter().map(AsRef::as_ref));
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("tracer starts");
+        let shared = Arc::new(Shared::default());
+        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let readers = vec![
+            std::thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || read_events(stdout, &shared)
+            }),
+            std::thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || {
+                    for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                        let mut state = shared.lock();
+                        state.stderr.push_str(&line);
+                        state.stderr.push('\n');
+                    }
+                }
+            }),
+        ];
+        let tracer = Self { process: Guard(child), shared, readers };
+        let start = tracer.wait_for("the start line", |events| events.first().cloned());
+        assert_eq!(start["type"], "start", "{start:#}");
+        tracer
+    }
+
+    /// The same, filtered to one port.
+    #[track_caller]
+    pub(crate) fn on_port(port: u16) -> Self {
+        Self::start(&["--port", &port.to_string()])
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Sends a signal to the process.
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// The events so far.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        self.shared.lock().events.clone()
+    }
+
+    /// Waits until `find` finds what it looks for among the events so far.
+    #[track_caller]
+    pub(crate) fn wait_for<T>(&self, what: &str, mut find: impl FnMut(&[Value]) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(found) = find(&state.events) {
+                return found;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.ended || left.is_zero() {
+                panic!(
+                    "{} while waiting for {what}; events:\n{}stderr:\n{}",
+                    if state.ended { "tracer ended" } else { "time is up" },
+                    lines(&state.events),
+                    state.stderr
+                );
+            }
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits for this many `close` records that `wanted` holds for, and returns them.
+    #[track_caller]
+    pub(crate) fn wait_for_closes(&self, count: usize, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
+        self.wait_for(&format!("{count} close records"), |events| {
+            let found: Vec<_> = events.iter().filter(|event| event["type"] == "close" && wanted(event)).collect();
+            (found.len() >= count).then(|| found.into_iter().cloned().collect())
+        })
+    }
+
+    /// Waits for the one `close` record of the socket with this local and remote port.
+    #[track_caller]
+    pub(crate) fn wait_for_close(&self, local: u16, remote: u16) -> Value {
+        let is_it = |event: &Value| event["type"] == "close" && is_socket(event, local, remote);
+        self.wait_for(&format!("the close of {local} -> {remote}"), |events| {
+            events.iter().find(|event| is_it(event)).cloned()
+        })
+    }
+
+    /// Asks tracer to end, and returns all that it printed.
+    pub(crate) fn stop(self) -> Run {
+        self.signal(Signal::INT);
+        let (run, status) = self.join();
+        assert!(status.success(), "tracer: {status}");
+        run
+    }
+
+    /// Waits for tracer's end.
+    pub(crate) fn join(mut self) -> (Run, ExitStatus) {
+        let status = self.process.wait();
+        for reader in self.readers.drain(..) {
+            reader.join().expect("reading does not fail");
+        }
+        let state = self.shared.lock();
+        let events = state.events.clone();
+        let summary = events.last().cloned().unwrap_or_default();
+        assert_eq!(summary["type"], "summary", "{}{}", lines(&events), state.stderr);
+        assert_eq!(summary["lost"], 0, "{summary:#}");
+        (Run { events, summary }, status)
+    }
+}
+
+impl Run {
+    /// The `close` records.
+    pub(crate) fn closes(&self) -> Vec<&Value> {
+        self.events.iter().filter(|event| event["type"] == "close").collect()
+    }
+}
+
+/// Collects one event a line; what is no JSON object with `type` and `time` fails the test when it is looked for.
+fn read_events(stdout: ChildStdout, shared: &Shared) {
+    for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+        let event =
+            serde_json::from_str(&line).unwrap_or_else(|error| json!({ "not JSON": line, "error": error.to_string() }));
+        shared.lock().events.push(event);
+        shared.changed.notify_all();
+    }
+    shared.lock().ended = true;
+    shared.changed.notify_all();
+}
+
+fn lines(events: &[Value]) -> String {
+    events.iter().fold(String::new(), |mut all, event| {
+        let _ = writeln!(all, "{event}");
+        all
+    })
+}
+
+/// The port of an event's `local` or `remote`.
+pub(crate) fn port_of(event: &Value, end: &str) -> Option<u16> {
+    event[end].as_str()?.rsplit_once(':')?.1.parse().ok()
+}
+
+/// Whether the event is about the socket with these ports.
+pub(crate) fn is_socket(event: &Value, local: u16, remote: u16) -> bool {
+    port_of(event, "local") == Some(local) && port_of(event, "remote") == Some(remote)
+}
+
+/// Fails unless each field of `wanted` is in the record with that value; objects are compared field by field.
+#[track_caller]
+pub(crate) fn expect(record: &Value, wanted: &Value) {
+    let mut differences = String::new();
+    compare("", record, wanted, &mut differences);
+    assert!(differences.is_empty(), "{differences}in the record\n{record:#}");
+}
+
+fn compare(path: &str, record: &Value, wanted: &Value, differences: &mut String) {
+    match wanted.as_object() {
+        Some(fields) if record.is_object() => {
+            for (name, value) in fields {
+                compare(&format!("{path}.{name}"), &record[name], value, differences);
+            }
+        }
+        _ if record == wanted => {}
+        _ => {
+            let _ = writeln!(differences, "{path} is {record}, not {wanted}");
+        }
+    }
+}
+
+/// The names of the states that a record lists.
+pub(crate) fn states_of(record: &Value) -> Vec<&str> {
+    record["states"].as_array().into_iter().flatten().filter_map(|state| state["state"].as_str()).collect()
+}
+
+/// Both ends of a TCP connection, in this process.
+pub(crate) struct Pair {
+    pub(crate) server: TcpStream,
+    pub(crate) client: TcpStream,
+    pub(crate) server_port: u16,
+    pub(crate) client_port: u16,
+}
+
+/// A listener on 127.0.0.1 that connections can be made to one by one.
+pub(crate) struct Listener {
+    listener: TcpListener,
+    pub(crate) port: u16,
+}
+
+impl Listener {
+    pub(crate) fn new() -> Self {
+        let port = free_port();
+        Self { listener: TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free"), port }
+    }
+
+    pub(crate) fn connect(&self) -> Pair {
+        let client = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).expect("it listens");
+        prepare(&client);
+        let (server, client_port) = self.accept();
+        Pair { server, client, server_port: self.port, client_port }
+    }
+
+    /// Takes a connection that another process makes; also returns its port.
+    pub(crate) fn accept(&self) -> (TcpStream, u16) {
+        let (server, peer) = self.listener.accept().expect("it listens");
+        prepare(&server);
+        (server, peer.port())
+    }
+}
+
+fn prepare(stream: &TcpStream) {
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time-out can be set");
+    stream.set_nodelay(true).expect("TCP_NODELAY can be set");
+}
+
+impl Pair {
+    /// The client sends, the server receives all of it.
+    pub(crate) fn request(&mut self, bytes: impl AsRef<[u8]>) {
+        transfer(&mut self.client, &mut self.server, bytes.as_ref());
+    }
+
+    /// The server sends, the client receives all of it.
+    pub(crate) fn respond(&mut self, bytes: impl AsRef<[u8]>) {
+        transfer(&mut self.server, &mut self.client, bytes.as_ref());
+    }
+
+    /// The server closes, then the client.
+    pub(crate) fn server_closes_first(self) -> (u16, u16) {
+        let Self { server, mut client, server_port, client_port } = self;
+        drop(server);
+        end_of(&mut client);
+        (server_port, client_port)
+    }
+
+    /// The client closes, then the server.
+    pub(crate) fn client_closes_first(self) -> (u16, u16) {
+        let Self { mut server, client, server_port, client_port } = self;
+        drop(client);
+        end_of(&mut server);
+        (server_port, client_port)
+    }
+}
+
+/// Writes to one end and reads as much from the other; large data in pieces, so that neither end blocks.
+fn transfer(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
+    for piece in bytes.chunks(16 << 10) {
+        from.write_all(piece).expect("the connection is open");
+        to.read_exact(&mut vec![0; piece.len()]).expect("the connection is open");
+    }
+}
+
+/// Reads up to the peer's FIN.
+pub(crate) fn end_of(stream: &mut TcpStream) {
+    stream.read_to_end(&mut Vec::new()).expect("the peer sent a FIN");
+}
+
+/// Makes `close` send a RST.
+pub(crate) fn abort(stream: TcpStream) {
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).expect("SO_LINGER can be set");
+    drop(stream);
+}
+
+/// A small request and its answer, with the header lines of each.
+pub(crate) fn get(headers: &str) -> String {
+    format!("GET /path HTTP/1.1\r\nHost: test\r\n{headers}\r\n")
+}
+
+/// See [`get`].
+pub(crate) fn ok(headers: &str) -> String {
+    format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n{headers}\r\nok")
+}
