@@ -11,6 +11,7 @@ pub mod event;
 pub mod kernel;
 pub mod offsets;
 pub mod preflight;
+pub mod privileges;
 pub mod process;
 pub mod ring;
 pub mod run;

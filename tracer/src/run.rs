@@ -20,6 +20,7 @@ use crate::decode::decode;
 use crate::event::{Event, Lost, Start};
 use crate::kernel::{Ask, Kernel};
 use crate::preflight::{self, Refusal};
+use crate::privileges;
 use crate::process::Processes;
 use crate::ring::{Ring, watch};
 use crate::sink::Sink;
@@ -68,10 +69,21 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
 
     let (kernel, ring, programs_log) =
         Kernel::attach(&options.ask, &host.cgroup).map_err(|error| preflight::explain(&error))?;
+    privileges::drop_unneeded()?;
     let began = Instant::now();
     let mut ring = Ring::new(ring)?;
     let mut programs_log = watch(programs_log, Interest::READABLE)?;
-    let mut connections = Connections::new(Processes::new(), SockDiag::new()?, options.ask.states);
+    let mut degraded = host.degraded;
+    let sock_diag = SockDiag::new()?;
+    if let Err(error) = sock_diag.probe() {
+        let missing = format!(
+            "sock_diag for TCP does not answer ({error}): what is left of a connection whose peer has not closed its end \
+             is unknown; modprobe tcp_diag"
+        );
+        warn!("{missing}");
+        degraded.push(missing);
+    }
+    let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states);
 
     let (queue, batches) = mpsc::channel::<Vec<Event>>(QUEUE);
     let writer = Writer::start(options.sink, batches, began)?;
@@ -83,7 +95,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         filters: options.filters,
         hooks: kernel.hooks.clone(),
         time_wait: time_wait_sockets(),
-        degraded: host.degraded,
+        degraded,
     });
     let mut losses = Losses { reported: 0, since: Timestamp::now() };
     let mut loss_check = tokio::time::interval(LOSS_CHECK);

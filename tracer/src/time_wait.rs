@@ -8,13 +8,13 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_FIN_WAIT2, TCP_TIME_WAIT};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
@@ -76,6 +76,25 @@ impl SockDiag {
         let own = inode(&PathBuf::from("/proc/self/ns/net"))
             .ok_or_else(|| io::Error::other("cannot read /proc/self/ns/net: is /proc mounted?"))?;
         Ok(Self { own, sockets: HashMap::new(), sequence: 0, buffer: vec![0; 4096] })
+    }
+
+    /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn probe(&self) -> io::Result<()> {
+        let socket = open()?;
+        let mut buffer = vec![0; 4096];
+        // A walk over no state at all.
+        let request = request(AF_INET, StateFlags::empty(), SocketId::new_v4());
+        let reply = round_trip(&socket, NLM_F_REQUEST | NLM_F_DUMP, 1, request, &mut buffer)?;
+        let message =
+            NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
+        match message.payload {
+            NetlinkPayload::Done(_) => Ok(()),
+            NetlinkPayload::Error(error) => Err(error.to_io()),
+            _ => Err(invalid("an unexpected message")),
+        }
     }
 
     /// Asks for one socket. Takes some ten microseconds; the first question in another namespace some more.
@@ -154,34 +173,46 @@ fn find(netns: u32, pid: Option<u32>) -> Option<File> {
     })
 }
 
-/// One request, one reply.
+/// One question, one answer.
 fn exchange(socket: &Socket, sequence: u32, question: &Question, buffer: &mut Vec<u8>) -> io::Result<Answer> {
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST;
-    header.sequence_number = sequence;
-    let request = InetRequest {
-        family: if question.local.is_ipv4() { AF_INET } else { AF_INET6 },
-        protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
-        states: StateFlags::all(),
-        socket_id: SocketId {
-            source_port: question.local.port(),
-            destination_port: question.remote.port(),
-            source_address: question.local.ip(),
-            destination_address: question.remote.ip(),
-            interface_id: question.bound_dev,
-            // Two words, the low one first: `sock_diag_save_cookie()`.
-            cookie: {
-                let cookie = question.cookie;
-                let mut bytes = [0; 8];
-                bytes[..4].copy_from_slice(&((cookie & 0xffff_ffff) as u32).to_ne_bytes());
-                bytes[4..].copy_from_slice(&((cookie >> 32) as u32).to_ne_bytes());
-                bytes
-            },
-        },
+    let id = SocketId {
+        source_port: question.local.port(),
+        destination_port: question.remote.port(),
+        source_address: question.local.ip(),
+        destination_address: question.remote.ip(),
+        interface_id: question.bound_dev,
+        cookie: cookie(question.cookie),
     };
-    debug_assert!(matches!(question.local.ip(), IpAddr::V4(_)) == matches!(question.remote.ip(), IpAddr::V4(_)));
-    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    let family = if question.local.is_ipv4() { AF_INET } else { AF_INET6 };
+    let request = request(family, StateFlags::all(), id);
+    answer(round_trip(socket, NLM_F_REQUEST, sequence, request, buffer)?, sequence)
+}
+
+/// Two words, the low one first: `sock_diag_save_cookie()`.
+fn cookie(cookie: u64) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&((cookie & 0xffff_ffff) as u32).to_ne_bytes());
+    bytes[4..].copy_from_slice(&((cookie >> 32) as u32).to_ne_bytes());
+    bytes
+}
+
+fn request(family: u8, states: StateFlags, socket_id: SocketId) -> SockDiagMessage {
+    let extensions = ExtensionFlags::empty();
+    SockDiagMessage::InetRequest(InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id })
+}
+
+/// Sends a request and receives what comes next.
+fn round_trip<'a>(
+    socket: &Socket,
+    flags: u16,
+    sequence: u32,
+    request: SockDiagMessage,
+    buffer: &'a mut Vec<u8>,
+) -> io::Result<&'a [u8]> {
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    header.sequence_number = sequence;
+    let mut message = NetlinkMessage::new(header, request.into());
     message.finalize();
     let length = message.buffer_len();
     if buffer.len() < length {
@@ -190,8 +221,11 @@ fn exchange(socket: &Socket, sequence: u32, question: &Question, buffer: &mut Ve
     message.serialize(&mut buffer[..length]);
     socket.send(&buffer[..length], 0)?;
     let received = socket.recv(&mut &mut buffer[..], 0)?;
-    let reply = buffer.get(..received).unwrap_or_default();
-    answer(reply, sequence)
+    Ok(buffer.get(..received).unwrap_or_default())
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
 /// Offset of `idiag_expires` in a reply: behind `struct nlmsghdr` and the first members of `struct inet_diag_msg`.
@@ -202,7 +236,6 @@ const EXPIRES_AT: usize = 16 + 4 + 48;
 /// # Errors
 /// It is no reply to `sequence`.
 fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
-    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
     let message = NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
     if message.header.sequence_number != sequence {
         return Err(invalid("a reply to another request"));
