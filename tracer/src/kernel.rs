@@ -12,9 +12,7 @@ use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachT
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use log::Log;
-use tracer_ebpf::{Config, counter, filter};
-
-use crate::offsets;
+use tracer_ebpf::{Config, Offsets, counter, filter};
 
 /// The programs. Committed, so that building tracer needs no BPF toolchain; `TRACER_BPF_OBJECT` at build time names
 /// another object, for testing programs that were just built.
@@ -70,8 +68,11 @@ impl Kernel {
     ///
     /// # Errors
     /// What the kernel refused, with the program or map that it refused.
-    pub fn attach(ask: &Ask, cgroup: &OwnedFd) -> Result<(Self, RingBuf<MapData>, EbpfLogger<&'static dyn Log>)> {
-        let offsets = offsets::resolve()?;
+    pub fn attach(
+        ask: &Ask,
+        cgroup: &OwnedFd,
+        offsets: &Offsets,
+    ) -> Result<(Self, RingBuf<MapData>, EbpfLogger<&'static dyn Log>)> {
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
@@ -88,7 +89,7 @@ impl Kernel {
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
-            .override_global("OFFSETS", bytemuck::bytes_of(&offsets), true)
+            .override_global("OFFSETS", bytemuck::bytes_of(offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .load(OBJECT)
             .context("cannot create the maps of the kernel programs")?;

@@ -13,12 +13,49 @@ pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 /// A member that this kernel lacks.
 const LACKING: u32 = u32::MAX;
 
-/// Resolves every member of [`Offsets`].
-///
-/// # Errors
-/// The BTF cannot be read, or lacks a member that is needed.
-pub fn resolve() -> Result<Offsets> {
-    let kernel = Kernel(Btf::from_file(VMLINUX).with_context(|| format!("cannot read {VMLINUX}"))?);
+/// The kernel's types.
+pub struct Types(Btf);
+
+impl Types {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// The BTF cannot be read.
+    pub fn read() -> Result<Self> {
+        // Parsed from memory: from a file it is done in hundreds of thousands of small reads.
+        let bytes = std::fs::read(VMLINUX).with_context(|| format!("cannot read {VMLINUX}"))?;
+        Ok(Self(Btf::from_bytes(&bytes).with_context(|| format!("cannot parse {VMLINUX}"))?))
+    }
+
+    /// Resolves every member of [`Offsets`].
+    ///
+    /// # Errors
+    /// The kernel lacks a member that is needed.
+    pub fn offsets(&self) -> Result<Offsets> {
+        offsets(self)
+    }
+
+    /// Of the BPF helpers `names` (`BPF_FUNC_…`), those that this kernel has.
+    ///
+    /// # Errors
+    /// The BTF is damaged.
+    pub fn helpers<'a>(&self, names: &[&'a str]) -> Result<Vec<&'a str>> {
+        // `enum bpf_func_id` is found by its first member: before 6.0 it has no name.
+        for id in self.0.resolve_ids_by_name("")?.into_iter().chain(self.0.resolve_ids_by_name("bpf_func_id")?) {
+            let Type::Enum(found) = self.0.resolve_type_by_id(id)? else { continue };
+            let Some(first) = found.members.first() else { continue };
+            if self.0.resolve_name(first)? != "BPF_FUNC_unspec" {
+                continue;
+            }
+            let have = found.members.iter().map(|member| self.0.resolve_name(member));
+            let have = have.collect::<Result<Vec<_>, _>>()?;
+            return Ok(names.iter().copied().filter(|name| have.iter().any(|have| have == name)).collect());
+        }
+        Ok(Vec::new())
+    }
+}
+
+fn offsets(kernel: &Types) -> Result<Offsets> {
     let optional = |holder: &str, path: &str| kernel.member(holder, path).map_or(LACKING, |member| member.offset);
     let offset = |holder: &str, path: &str| kernel.member(holder, path).map(|member| member.offset);
     let protocol = kernel.member("sock", "sk_protocol")?;
@@ -66,46 +103,13 @@ pub fn resolve() -> Result<Offsets> {
     })
 }
 
-/// The BPF helpers that this kernel has.
-pub struct Features(Vec<String>);
-
-impl Features {
-    /// Reads them from the kernel's BTF (`enum bpf_func_id`).
-    ///
-    /// # Errors
-    /// The BTF cannot be read.
-    pub fn read() -> Result<Self> {
-        let btf = Btf::from_file(VMLINUX).with_context(|| format!("cannot read {VMLINUX}"))?;
-        let mut names = Vec::new();
-        // The enumeration itself has no name in kernels before 5.19: it is found by one of its members.
-        let (first, last) = btf.base().type_id_range();
-        for id in first..=last {
-            let Type::Enum(found) = btf.resolve_type_by_id(id)? else { continue };
-            let Some(first) = found.members.first() else { continue };
-            if btf.resolve_name(first)? == "BPF_FUNC_unspec" {
-                for member in &found.members {
-                    names.push(btf.resolve_name(member)?);
-                }
-            }
-        }
-        Ok(Self(names))
-    }
-
-    /// Whether the kernel has the helper, named `BPF_FUNC_…`.
-    pub fn has_helper(&self, name: &str) -> bool {
-        self.0.iter().any(|have| have == name)
-    }
-}
-
 /// Where a member is, in bytes.
 struct Member {
     offset: u32,
     size: u32,
 }
 
-struct Kernel(Btf);
-
-impl Kernel {
+impl Types {
     /// Finds `path` (members joined by dots; anonymous structs and unions are looked through) in struct `holder`.
     fn member(&self, holder: &str, path: &str) -> Result<Member> {
         let missing = || anyhow!("this kernel's struct {holder} has no member {path}");

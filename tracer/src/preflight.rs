@@ -13,7 +13,9 @@ use caps::{CapSet, Capability};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
-use crate::offsets::{Features, VMLINUX};
+use tracer_ebpf::Offsets;
+
+use crate::offsets::{Types, VMLINUX};
 
 /// Why tracer does not start, and what to do about it.
 #[derive(Debug)]
@@ -56,6 +58,8 @@ pub mod exit {
 pub struct Host {
     /// The root of the cgroup-v2 hierarchy.
     pub cgroup: OwnedFd,
+    /// Where this kernel keeps what the programs read.
+    pub offsets: Offsets,
     /// What is missing and what that costs.
     pub degraded: Vec<String>,
 }
@@ -75,7 +79,7 @@ const HELPERS: [(&str, &str, &str); 2] = [
 /// The first thing that is missing.
 pub fn check() -> Result<Host, Refusal> {
     privileges()?;
-    kernel()?;
+    let offsets = kernel()?;
     let mut degraded = Vec::new();
     let cgroup = cgroup(&mut degraded)?;
     if !in_initial_pid_namespace() {
@@ -85,7 +89,7 @@ pub fn check() -> Result<Host, Refusal> {
                 .to_owned(),
         );
     }
-    Ok(Host { cgroup, degraded })
+    Ok(Host { cgroup, offsets, degraded })
 }
 
 fn privileges() -> Result<(), Refusal> {
@@ -110,7 +114,7 @@ pub fn kernel_release() -> String {
 }
 
 /// Distributions carry features back to older versions: so the kernel is asked for what is needed, not for its number.
-fn kernel() -> Result<(), Refusal> {
+fn kernel() -> Result<Offsets, Refusal> {
     let release = kernel_release();
     if !Path::new(VMLINUX).exists() {
         return Err(Refusal {
@@ -121,9 +125,10 @@ fn kernel() -> Result<(), Refusal> {
             ),
         });
     }
-    let features = Features::read()
-        .map_err(|error| Refusal { code: exit::BTF, message: format!("kernel {release}: {error:#}") })?;
-    let missing: Vec<_> = HELPERS.iter().filter(|(helper, ..)| !features.has_helper(helper)).collect();
+    let refuse = |code, error: anyhow::Error| Refusal { code, message: format!("kernel {release}: {error:#}") };
+    let types = Types::read().map_err(|error| refuse(exit::BTF, error))?;
+    let have = types.helpers(&HELPERS.map(|(helper, ..)| helper)).map_err(|error| refuse(exit::BTF, error))?;
+    let missing: Vec<_> = HELPERS.iter().filter(|(helper, ..)| !have.contains(helper)).collect();
     if let Some((.., needs)) = missing.last() {
         let what: Vec<_> = missing.iter().map(|(_, what, since)| format!("{what} (Linux {since})")).collect();
         return Err(Refusal {
@@ -131,7 +136,7 @@ fn kernel() -> Result<(), Refusal> {
             message: format!("kernel {release} lacks {}; it needs {needs} or later", what.join(" and ")),
         });
     }
-    Ok(())
+    types.offsets().map_err(|error| refuse(exit::KERNEL, error))
 }
 
 /// The state of kernel lockdown, for the explanation of a refusal; `None` where the kernel has none.

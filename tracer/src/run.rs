@@ -68,7 +68,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
 
     let (kernel, ring, programs_log) =
-        Kernel::attach(&options.ask, &host.cgroup).map_err(|error| preflight::explain(&error))?;
+        Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(|error| preflight::explain(&error))?;
     privileges::drop_unneeded()?;
     let began = Instant::now();
     let mut ring = Ring::new(ring)?;
