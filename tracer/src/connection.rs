@@ -289,7 +289,12 @@ fn monotonic_ns() -> u64 {
 
 /// Who has ended the connection so far.
 fn closed_by(socket: &Socket) -> ClosedBy {
-    if socket.new == TcpState::Close { verdict::ending(socket).closed_by } else { socket.first_end }
+    match (socket.new, socket.first_end) {
+        (TcpState::Close, _) => verdict::ending(socket).closed_by,
+        // The FIN leaves right after this transition.
+        (TcpState::FinWait1, ClosedBy::None) => ClosedBy::Local,
+        (_, first) => first,
+    }
 }
 
 /// One process, whatever it is called by now.

@@ -329,7 +329,8 @@ fn http(exchange: &head::Exchange) -> Option<Http> {
         response_connection: connection(exchange.response_connection, response, has(bit::RESPONSES_LOST)),
         keep_alive_timeout_s: has(bit::HAS_TIMEOUT).then_some(exchange.keep_alive_timeout_s),
         keep_alive_max: has(bit::HAS_MAX).then_some(exchange.keep_alive_max),
-        answered: exchange.responses > 0 && exchange.responses >= exchange.requests,
+        // Counts alone do not tell: the head of one more request may have begun, which is not counted yet.
+        answered: response && exchange.responses > 0 && exchange.responses >= exchange.requests,
     })
 }
 

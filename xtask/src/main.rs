@@ -1,1 +1,61 @@
-fn main() {}
+//! The project's own commands: `cargo xtask SUBCOMMAND`, one file for each.
+
+mod ebpf;
+mod lint;
+mod run;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, runs and tests tracer", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build tracer and run it as root (through sudo if needed); every argument is passed on
+    #[command(disable_help_flag = true)]
+    Run {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
+    /// The same as `run --demo`
+    Demo,
+    /// Compile the kernel programs into tracer-ebpf/tracer.bpf.o
+    Ebpf {
+        /// Change nothing: fail if the committed object is not what this source compiles to
+        #[arg(long)]
+        check: bool,
+    },
+    /// Formatting and lints, for the host and for the kernel programs
+    Lint,
+    /// All tests; those with a real kernel run as root (through sudo if needed)
+    Test {
+        /// Only kernel tests whose name contains this; none of the others
+        filter: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run { args } => run::run(args),
+        Command::Demo => run::run(vec!["--demo".into()]),
+        Command::Ebpf { check: false } => ebpf::install(),
+        Command::Ebpf { check: true } => ebpf::check(),
+        Command::Lint => lint::lint(),
+        Command::Test { filter } => test::test(filter.as_deref()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

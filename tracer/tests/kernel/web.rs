@@ -199,7 +199,6 @@ fn ab_without_keep_alive() {
     let server = servers::nginx("");
     let tracer = Tracer::on_port(server.port);
     ab(&server, &[]);
-    // ab opens one more connection than it counts when its last request is under way.
     let closes = tracer.wait_for_closes(40, |_| true);
     let http = json!({
         "requests": 1, "responses": 1, "request_version": "1.0", "request_connection": "absent",
@@ -214,7 +213,7 @@ fn ab_without_keep_alive() {
         expect(close, &ours);
         expect(close, &json!({ "how": "fin", "cause": "response_close", "protocol": "http/1.0", "http": http }));
     }
-    tracer.stop();
+    assert_eq!(tracer.stop().closes().len(), 40);
 }
 
 #[test]
@@ -222,20 +221,27 @@ fn ab_with_keep_alive() {
     let server = servers::nginx("");
     let tracer = Tracer::on_port(server.port);
     ab(&server, &["-k"]);
+    // All requests go over one connection, which ab then closes.
     let closes = tracer.wait_for_closes(2, |_| true);
     for close in &closes {
+        let ours = if port_of(close, "local") == Some(server.port) {
+            json!({ "role": "server", "closed_by": "remote", "final": "closed", "process": { "comm": "nginx" } })
+        } else {
+            json!({ "role": "client", "closed_by": "local", "final": "time_wait", "process": { "comm": "ab" } })
+        };
+        expect(close, &ours);
         expect(
             close,
             &json!({
-                "protocol": "http/1.0",
+                "how": "fin", "cause": "no_reuse", "protocol": "http/1.0",
                 "http": {
-                    "request_version": "1.0", "response_version": "1.1",
+                    "requests": 20, "responses": 20, "request_version": "1.0", "response_version": "1.1",
                     "request_connection": "keep-alive", "response_connection": "keep-alive",
                 },
             }),
         );
     }
-    tracer.stop();
+    assert_eq!(tracer.stop().closes().len(), 2);
 }
 
 fn ab(server: &Server, args: &[&str]) {
