@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
-use tracer_ebpf::{first_end, flag, kind, role};
+use tracer_ebpf::{first_end, flag, kind, role, unpack_state};
 
 use crate::conn::{self, Conn, HANDOVER, copy_words, mark};
 use crate::sock::{self, Sock, TimeWaitTable, tcp};
@@ -62,6 +62,12 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
         // SAFETY: `sk` is a socket, as the helper asks.
         unsafe { begin(sk, conn, old, new, now) };
     }
+    if sock::config_states() && old == tcp::SYN_SENT && conn.states_len != 0 {
+        // At that transition it had no port yet, so it is reported now.
+        let (_, connecting_ns) = unpack_state(conn.states[0]);
+        // SAFETY: as above.
+        unsafe { conn::emit(sk, conn, kind::STATE, tcp::CLOSE, tcp::SYN_SENT, connecting_ns) };
+    }
     if new == tcp::ESTABLISHED {
         conn.established_ns = now;
         if let Some(rcv_nxt) = unsafe { sock::rcv_nxt(sk) } {
@@ -84,7 +90,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
     if new == tcp::CLOSE {
         // SAFETY: as above.
         unsafe { ended(sk, conn, old, now) };
-    } else if sock::config_states() {
+    } else if sock::config_states() && new != tcp::SYN_SENT {
         // SAFETY: as above.
         unsafe { conn::emit(sk, conn, kind::STATE, old, new, now) };
     }

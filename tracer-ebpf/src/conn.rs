@@ -69,7 +69,7 @@ pub(crate) struct Handover {
 /// The ring buffer's size unless user space asks for another.
 const RING_BYTES: usize = 8 << 20;
 /// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
-const WAKEUP_INTERVAL_NS: u64 = 5_000_000;
+const WAKEUP_INTERVAL_NS: i64 = 5_000_000;
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
@@ -284,7 +284,7 @@ fn wakeup(now: u64) -> u64 {
     let Some(last) = LAST_WAKEUP.get_ptr_mut(0) else { return 0 };
     // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice.
     unsafe {
-        if now.wrapping_sub(last.read_volatile()) < WAKEUP_INTERVAL_NS {
+        if (now.wrapping_sub(last.read_volatile()) as i64) < WAKEUP_INTERVAL_NS {
             return u64::from(BPF_RB_NO_WAKEUP);
         }
         last.write_volatile(now);

@@ -24,9 +24,9 @@ pub const WIDTH: usize = 120;
 mod column {
     pub(super) const PROCESS: usize = 9;
     pub(super) const SOCKET: usize = 26;
-    pub(super) const CLOSED: usize = 55;
-    pub(super) const FINAL: usize = 62;
-    pub(super) const WHY: usize = 73;
+    pub(super) const CLOSED: usize = 54;
+    pub(super) const FINAL: usize = 61;
+    pub(super) const WHY: usize = 71;
 }
 
 /// The widest process: a longer name is cut.

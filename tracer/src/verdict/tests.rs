@@ -422,7 +422,10 @@ mod causes {
             (s.first_end, s.old) = (ClosedBy::Remote, TcpState::LastAck);
             s.http.as_mut().expect("HTTP").response_connection = CLOSE;
         });
-        assert_eq!((judge(&left), advised(&left).as_str()), (Cause::Truncated, "client left before the response's end"));
+        assert_eq!(
+            (judge(&left), advised(&left).as_str()),
+            (Cause::Truncated, "client left before the response's end")
+        );
         let unseen = with(|s| (s.scan.body_incomplete, s.scan.responses_lost) = (true, true));
         assert_eq!(judge(&unseen), Cause::Unknown);
     }
@@ -431,7 +434,10 @@ mod causes {
     fn request_close() {
         for response in [ABSENT, CLOSE, KEEP_ALIVE] {
             let asked = with_http(|http| (http.request_connection, http.response_connection) = (CLOSE, response));
-            assert_eq!((judge(&asked), advised(&asked).as_str()), (Cause::RequestClose, "client asked: Connection: close"));
+            assert_eq!(
+                (judge(&asked), advised(&asked).as_str()),
+                (Cause::RequestClose, "client asked: Connection: close")
+            );
         }
         // `close` wins over `keep-alive` in one header.
         let both = Some(Connection::Tokens { close: true, keep_alive: true, upgrade: false, other: false });
@@ -448,7 +454,10 @@ mod causes {
     #[test]
     fn response_close() {
         let told = with_http(|http| http.response_connection = CLOSE);
-        assert_eq!((judge(&told), advised(&told).as_str()), (Cause::ResponseClose, "server answered: Connection: close"));
+        assert_eq!(
+            (judge(&told), advised(&told).as_str()),
+            (Cause::ResponseClose, "server answered: Connection: close")
+        );
         let error = with_http(|http| (http.response_connection, http.status) = (CLOSE, Some(400)));
         assert_eq!(advised(&error), "server answered 400: Connection: close");
         let old = with_http(|http| (http.response_connection, http.request_version) = (CLOSE, Some("1.0")));
@@ -533,15 +542,22 @@ mod causes {
         });
         assert_eq!((judge(&blind), advice(&close(&blind))), (Cause::Unknown, None));
         // No payload since then either: idle for how long is not known.
-        let silent = with(|s| (s.started_before, s.payload_ns, s.http, s.protocol) = (true, None, None, Protocol::Unobserved));
+        let silent =
+            with(|s| (s.started_before, s.payload_ns, s.http, s.protocol) = (true, None, None, Protocol::Unobserved));
         assert_eq!(judge(&silent), Cause::Unknown);
     }
 
     #[test]
     fn no_reuse() {
-        assert_eq!((judge(&socket()), advised(&socket()).as_str()), (Cause::NoReuse, "server closed without being asked to"));
+        assert_eq!(
+            (judge(&socket()), advised(&socket()).as_str()),
+            (Cause::NoReuse, "server closed without being asked to")
+        );
         let client = with(|s| (s.first_end, s.old) = (ClosedBy::Remote, TcpState::LastAck));
-        assert_eq!((judge(&client), advised(&client).as_str()), (Cause::NoReuse, "client did not reuse the connection"));
+        assert_eq!(
+            (judge(&client), advised(&client).as_str()),
+            (Cause::NoReuse, "client did not reuse the connection")
+        );
         let mirrored = with(|s| s.role = Role::Client);
         assert_eq!(advised(&mirrored), "client did not reuse the connection");
         let both = with(|s| (s.old, s.first_end) = (TcpState::Closing, ClosedBy::Both));
@@ -576,10 +592,9 @@ mod causes {
     fn the_unobserved_is_never_taken_for_absent() {
         let said = [None, UNOBSERVED, ABSENT, CLOSE, KEEP_ALIVE];
         for (asked, told) in said.iter().flat_map(|asked| said.iter().map(move |told| (*asked, *told))) {
-            for (asked_version, told_version) in
-                [("1.0", "1.0"), ("1.0", "1.1"), ("1.1", "1.0"), ("1.1", "1.1")]
-            {
-                for (ms, lost) in [(1, (false, false)), (5_000, (false, false)), (1, (true, false)), (1, (false, true))] {
+            for (asked_version, told_version) in [("1.0", "1.0"), ("1.0", "1.1"), ("1.1", "1.0"), ("1.1", "1.1")] {
+                for (ms, lost) in [(1, (false, false)), (5_000, (false, false)), (1, (true, false)), (1, (false, true))]
+                {
                     let socket = with(|s| {
                         idle(s, ms);
                         (s.scan.requests_lost, s.scan.responses_lost) = lost;

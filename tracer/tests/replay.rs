@@ -1,0 +1,567 @@
+//! Replays: bytes as the ring buffer gives them in, lines as they are printed out. No root, no kernel programs.
+//!
+//! The records are written here by hand, as the programs would write them; all steps between ring and stdout are the real
+//! ones. Also: no bytes may make any step panic, and no line may be wider than 120 columns or hold a raw control.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use bytemuck::Zeroable as _;
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use proptest::prelude::*;
+use tracer::connection::Connections;
+use tracer::decode::{NotARecord, decode};
+use tracer::event::{Cause, Close, Event, Lost, Start};
+use tracer::process::Processes;
+use tracer::sink::summary::Summarizer;
+use tracer::sink::{Json, Text};
+use tracer::time_wait::SockDiag;
+use tracer_ebpf::head::{bit, protocol, token};
+use tracer_ebpf::{Record, Task, first_end, flag, kind, pack_state, role, source};
+use unicode_width::UnicodeWidthStr as _;
+
+const MS: u64 = 1_000_000;
+/// When each connection was established, `CLOCK_MONOTONIC`.
+const BEGAN: u64 = 5_000 * MS;
+
+const ESTABLISHED: u8 = 1;
+const SYN_SENT: u8 = 2;
+const FIN_WAIT1: u8 = 4;
+const FIN_WAIT2: u8 = 5;
+const CLOSE: u8 = 7;
+const CLOSE_WAIT: u8 = 8;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
+
+/// Beyond what the kernel gives out: `/proc` knows nothing of them.
+const SERVER_PID: u32 = 4_200_001;
+const CLIENT_PID: u32 = 4_200_002;
+
+fn task(tgid: u32, name: &[u8]) -> Task {
+    let mut comm = [0; 16];
+    comm[..name.len()].copy_from_slice(name);
+    Task { start_ns: 77 * MS, tgid, uid: 1000, comm }
+}
+
+fn set_address(record: &mut Record, local: &str, remote: &str) {
+    let mut set = |text: &str, remote: bool| {
+        let address: SocketAddr = text.parse().expect("an address");
+        let mut bytes = [0; 16];
+        match address.ip() {
+            IpAddr::V4(ip) => bytes[..4].copy_from_slice(&ip.octets()),
+            IpAddr::V6(ip) => bytes = ip.octets(),
+        }
+        record.family = if address.is_ipv4() { 4 } else { 6 };
+        if remote {
+            (record.remote, record.remote_port) = (bytes, address.port());
+        } else {
+            (record.local, record.local_port) = (bytes, address.port());
+        }
+    };
+    set(local, false);
+    set(remote, true);
+}
+
+fn set_target(record: &mut Record, target: &[u8]) {
+    record.http.target_len = u8::try_from(target.len()).expect("short");
+    record.http.target[..target.len()].copy_from_slice(target);
+}
+
+fn set_states(record: &mut Record, states: &[u8]) {
+    record.states = [0; 8];
+    for (at, state) in states.iter().enumerate() {
+        record.states[at] = pack_state(*state, BEGAN + at as u64 * MS);
+    }
+    record.new_state = states[states.len() - 1];
+    record.old_state = states[states.len() - 2];
+    record.at_ns = BEGAN + (states.len() as u64 - 1) * MS;
+}
+
+/// The server's end of one exchange without `Connection` headers; the server closed first, and has the peer's FIN.
+fn server() -> Record {
+    let mut record = Record::zeroed();
+    record.kind = kind::CLOSE;
+    record.cookie = 4711;
+    record.established_ns = BEGAN;
+    record.payload_ns = BEGAN + MS / 2;
+    record.end_ns = BEGAN + MS;
+    (record.rx_bytes, record.tx_bytes) = (78, 152);
+    record.owner = task(SERVER_PID, b"server");
+    record.owner_source = source::READ;
+    record.closer = task(SERVER_PID, b"server");
+    record.role = role::SERVER;
+    record.first_end = first_end::LOCAL;
+    record.flags = flag::FIN_SENT | flag::FIN_RECEIVED;
+    set_address(&mut record, "127.0.0.1:8080", "127.0.0.1:43210");
+    set_states(&mut record, &[ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE]);
+    let http = &mut record.http;
+    (http.requests, http.responses, http.status) = (1, 1, 200);
+    (http.request_version, http.response_version) = (11, 11);
+    (http.request_connection, http.response_connection) = (token::COMPLETE, token::COMPLETE);
+    http.protocol = protocol::HTTP1;
+    http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_IN;
+    http.method_len = 3;
+    http.method[..3].copy_from_slice(b"GET");
+    set_target(&mut record, b"/hello");
+    record
+}
+
+/// The other end: it asked, and closed second.
+fn client() -> Record {
+    let mut record = server();
+    record.cookie = 4712;
+    record.owner = task(CLIENT_PID, b"client");
+    record.owner_source = source::CONNECT;
+    record.closer = task(CLIENT_PID, b"client");
+    record.role = role::CLIENT;
+    record.first_end = first_end::REMOTE;
+    set_address(&mut record, "127.0.0.1:43210", "127.0.0.1:8080");
+    set_states(&mut record, &[SYN_SENT, ESTABLISHED, CLOSE_WAIT, LAST_ACK, CLOSE]);
+    record.http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_OUT;
+    record
+}
+
+fn with(mut record: Record, change: impl FnOnce(&mut Record)) -> Record {
+    change(&mut record);
+    record
+}
+
+/// Without HTTP.
+fn payload(record: &mut Record, protocol: u8) {
+    record.http = tracer_ebpf::head::Exchange::zeroed();
+    record.http.protocol = protocol;
+}
+
+fn noon() -> Timestamp {
+    "2026-01-02T12:00:00.123456789Z".parse().expect("a date")
+}
+
+/// The events that follow from records, all dated [`noon`].
+fn replay(records: &[Record], states: bool) -> Vec<Event> {
+    let mut connections = Connections::new(Processes::new(), SockDiag::new().expect("/proc"), states);
+    let mut events = Vec::new();
+    let now = Instant::now();
+    for record in records {
+        let fact = decode(bytemuck::bytes_of(record)).expect("a record");
+        connections.fact(fact, now, &mut events);
+    }
+    connections.finish(now, &mut events);
+    for event in &mut events {
+        match event {
+            Event::Close(close) => close.time = noon(),
+            Event::State(state) => state.time = noon(),
+            _ => {}
+        }
+    }
+    events
+}
+
+fn close(record: &Record) -> Box<Close> {
+    match replay(&[*record], false).pop() {
+        Some(Event::Close(close)) => close,
+        other => panic!("{other:?} is no close"),
+    }
+}
+
+fn print_text(events: &[Event]) -> String {
+    let mut text = Text::new(TimeZone::UTC, false);
+    let mut out = Vec::new();
+    for event in events {
+        text.event(event, &mut out).expect("written");
+    }
+    String::from_utf8(out).expect("UTF-8")
+}
+
+fn print_json(events: &[Event]) -> String {
+    let mut json = Json::default();
+    let mut out = Vec::new();
+    for event in events {
+        json.event(event, &mut out).expect("written");
+    }
+    String::from_utf8(out).expect("UTF-8")
+}
+
+fn start() -> Event {
+    Event::Start(Start {
+        time: noon(),
+        version: "0.0.0",
+        kernel: "6.12.0".to_owned(),
+        host: "host".to_owned(),
+        filters: vec!["--port 8080".to_owned()],
+        hooks: vec!["tp_btf/inet_sock_set_state".to_owned()],
+        time_wait: Some(20),
+        degraded: Vec::new(),
+    })
+}
+
+/// The client asked to close, the server obeyed.
+fn classic() -> [Record; 2] {
+    let close = token::COMPLETE | token::CLOSE;
+    [server(), client()]
+        .map(|record| with(record, |r| (r.http.request_connection, r.http.response_connection) = (close, close)))
+}
+
+#[test]
+fn the_classic_case_as_text() {
+    let mut events = vec![start()];
+    events.extend(replay(&classic(), false));
+    insta::assert_snapshot!(print_text(&events), @r#"
+    TIME     PROCESS          SOCKET                      CLOSED FINAL     WHY
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hello 200)
+    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     remote closed    client asked: Connection: close (GET /hello 200)
+    "#);
+}
+
+#[test]
+fn the_classic_case_as_json() {
+    let mut events = vec![start()];
+    events.extend(replay(&classic(), false));
+    insta::assert_snapshot!(print_json(&events), @r#"
+    {"type":"start","time":"2026-01-02T12:00:00.123456789Z","version":"0.0.0","kernel":"6.12.0","host":"host","filters":["--port 8080"],"hooks":["tp_btf/inet_sock_set_state"],"time_wait":20,"degraded":[]}
+    {"type":"close","time":"2026-01-02T12:00:00.123456789Z","cookie":4711,"netns":0,"family":"ipv4","local":"127.0.0.1:8080","remote":"127.0.0.1:43210","role":"server","process":{"pid":4200001,"comm":"server","exe":null,"uid":1000,"cgroup":null,"container":null,"source":"read"},"closed_by":"local","closer":null,"how":"fin","final":"time_wait","final_source":"fin","states":[{"state":"ESTABLISHED","at_us":0},{"state":"FIN_WAIT1","at_us":1000},{"state":"FIN_WAIT2","at_us":2000},{"state":"TIME_WAIT","at_us":3000}],"duration_us":3000,"started_before":false,"idle_us":500,"rx_bytes":78,"tx_bytes":152,"protocol":"http/1.1","http":{"requests":1,"responses":1,"method":"GET","target":"/hello","target_truncated":false,"status":200,"request_version":"1.1","response_version":"1.1","request_connection":"close","response_connection":"close","keep_alive_timeout_s":null,"keep_alive_max":null,"answered":true},"cause":"request_close"}
+    {"type":"close","time":"2026-01-02T12:00:00.123456789Z","cookie":4712,"netns":0,"family":"ipv4","local":"127.0.0.1:43210","remote":"127.0.0.1:8080","role":"client","process":{"pid":4200002,"comm":"client","exe":null,"uid":1000,"cgroup":null,"container":null,"source":"connect"},"closed_by":"remote","closer":null,"how":"fin","final":"closed","final_source":"state","states":[{"state":"SYN_SENT","at_us":0},{"state":"ESTABLISHED","at_us":1000},{"state":"CLOSE_WAIT","at_us":2000},{"state":"LAST_ACK","at_us":3000},{"state":"CLOSE","at_us":4000}],"duration_us":4000,"started_before":false,"idle_us":500,"rx_bytes":78,"tx_bytes":152,"protocol":"http/1.1","http":{"requests":1,"responses":1,"method":"GET","target":"/hello","target_truncated":false,"status":200,"request_version":"1.1","response_version":"1.1","request_connection":"close","response_connection":"close","keep_alive_timeout_s":null,"keep_alive_max":null,"answered":true},"cause":"request_close"}
+    "#);
+}
+
+/// One record for each cause.
+fn every_cause() -> Vec<(Cause, Record)> {
+    let exchange = |record: Record, change: fn(&mut tracer_ebpf::head::Exchange)| with(record, |r| change(&mut r.http));
+    let idle = |record: &mut Record, ms: u64| {
+        record.end_ns = record.payload_ns + ms * MS;
+        record.at_ns = record.end_ns + MS;
+    };
+    vec![
+        (
+            Cause::Timeout,
+            with(client(), |r| {
+                set_states(r, &[SYN_SENT, CLOSE]);
+                (r.sk_err, r.established_ns, r.end_ns, r.first_end, r.flags) = (110, 0, 0, first_end::NONE, 0);
+                (r.rx_bytes, r.tx_bytes, r.payload_ns) = (0, 0, 0);
+                payload(r, protocol::NONE);
+            }),
+        ),
+        (
+            Cause::ResetByPeer,
+            with(server(), |r| {
+                set_states(r, &[ESTABLISHED, CLOSE]);
+                (r.first_end, r.flags, r.sk_err) = (first_end::REMOTE, flag::RST_RECEIVED, 104);
+            }),
+        ),
+        (
+            Cause::ResetByLocal,
+            with(server(), |r| {
+                set_states(r, &[ESTABLISHED, CLOSE]);
+                (r.first_end, r.flags) = (first_end::NONE, flag::IN_PROCESS);
+            }),
+        ),
+        (Cause::ProcessExit, with(server(), |r| r.flags |= flag::CLOSED_BY_EXIT)),
+        (
+            Cause::Unused,
+            with(client(), |r| {
+                (r.rx_bytes, r.tx_bytes, r.payload_ns) = (0, 0, 0);
+                payload(r, protocol::NONE);
+            }),
+        ),
+        (Cause::Tls, with(server(), |r| payload(r, protocol::TLS))),
+        (Cause::Upgraded, exchange(server(), |h| (h.status, h.flags) = (101, h.flags | bit::UPGRADED))),
+        (Cause::H2, with(server(), |r| payload(r, protocol::H2))),
+        (Cause::NotHttp, with(server(), |r| payload(r, protocol::OTHER))),
+        (Cause::Unanswered, exchange(server(), |h| (h.responses, h.flags) = (0, h.flags & !bit::HAS_RESPONSE))),
+        (Cause::Truncated, exchange(server(), |h| h.flags |= bit::BODY_INCOMPLETE)),
+        (Cause::RequestClose, exchange(server(), |h| h.request_connection |= token::CLOSE)),
+        (Cause::ResponseClose, exchange(server(), |h| h.response_connection |= token::CLOSE)),
+        (Cause::Http10, exchange(server(), |h| (h.request_version, h.response_version) = (10, 10))),
+        (
+            Cause::IdleTimeout,
+            with(server(), |r| {
+                idle(r, 5_003);
+                (r.http.keep_alive_timeout_s, r.http.flags) = (5, r.http.flags | bit::HAS_TIMEOUT);
+            }),
+        ),
+        (Cause::NoReuse, client()),
+        (Cause::Unknown, exchange(server(), |h| h.flags |= bit::BODY_UNTIL_CLOSE)),
+    ]
+}
+
+#[test]
+fn every_cause_as_text() {
+    let mut events = Vec::new();
+    for (cause, record) in every_cause() {
+        let close = close(&record);
+        assert_eq!(close.cause, cause);
+        events.push(Event::Close(close));
+    }
+    insta::assert_snapshot!(print_text(&events), @r#"
+    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     none   timed_out connection attempt timed out
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     remote reset     reset by peer (GET /hello 200)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  reset     closed with unread data or SO_LINGER 0
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait its process exited (GET /hello 200)
+    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     remote closed    opened but never used
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait tls
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait upgraded (GET /hello 101)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait h2
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait not_http
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait no answer to GET /hello
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server cut its response short (GET /hello 200)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hello 200)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server answered: Connection: close (GET /he… 200)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait HTTP/1.0 client, no keep-alive (GET /hello 200)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server's keep-alive time-out: idle 5.0 s
+    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     remote closed    server closed without being asked to
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait unknown (GET /hello 200)
+    "#);
+}
+
+#[test]
+fn lines_of_all_shapes() {
+    let records = [
+        // Addresses of any length, and an IPv4 address in an IPv6 socket.
+        with(server(), |r| set_address(r, "255.255.255.255:65535", "255.255.255.255:65535")),
+        with(server(), |r| set_address(r, "[::1]:8080", "[::1]:43210")),
+        with(server(), |r| {
+            set_address(
+                r,
+                "[2001:db8:1111:2222:3333:4444:5555:6666]:65535",
+                "[2001:db8:1111:2222:3333:4444:5555:6667]:65535",
+            );
+        }),
+        with(server(), |r| set_address(r, "[::ffff:10.0.0.1]:80", "[::ffff:10.0.0.2]:43210")),
+        // No process; another process closed; a long name.
+        with(server(), |r| (r.owner, r.owner_source, r.closer) = (Task::NONE, source::NONE, Task::NONE)),
+        with(server(), |r| r.closer = task(CLIENT_PID, b"helper")),
+        with(server(), |r| r.owner = task(SERVER_PID, b"a-name-so-long.")),
+        // A role that is not known; TIME_WAIT that is only likely; a simultaneous close.
+        with(server(), |r| {
+            (r.role, r.flags) = (role::UNKNOWN, r.flags | flag::TIME_WAIT_COUNT_UNKNOWN | flag::STARTED_BEFORE);
+            payload(r, protocol::UNDECIDED);
+        }),
+        with(server(), |r| {
+            set_states(r, &[ESTABLISHED, FIN_WAIT1, CLOSING, CLOSE]);
+            r.flags |= flag::FINS_CROSSED;
+        }),
+        // The kernel cannot be asked for what is left.
+        with(server(), |r| r.flags = flag::FIN_SENT),
+        // A long target, cut and not cut by the programs.
+        with(server(), |r| set_target(r, &[b'x'; 64])),
+        with(server(), |r| {
+            set_target(r, &[b'y'; 64]);
+            r.http.flags |= bit::TARGET_TRUNCATED;
+        }),
+        with(server(), |r| {
+            set_target(r, b"/cut");
+            r.http.flags |= bit::TARGET_TRUNCATED;
+        }),
+    ];
+    insta::assert_snapshot!(print_text(&replay(&records, false)), @r#"
+    12:00:00 4200001/server   :65535 < 255.255.255.255:65535 local time_wait server closed without being asked to
+    12:00:00 4200001/server   :8080 < [::1]:43210         local  time_wait server closed without being asked to
+    12:00:00 4200001/server   :65535 < [2001:db8:1111:2222:3333:4444:5555:6667]:65535 local time_wait server closed without…
+    12:00:00 4200001/server   :80 < 10.0.0.2:43210        local  time_wait server closed without being asked to
+    12:00:00 unknown          :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to, closed by …
+    12:00:00 4200001/a-name-… :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to
+    12:00:00 4200001/server   :8080 - 127.0.0.1:43210     local  time_wait? unknown
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     both   time_wait closed without being asked to (GET /hello 200)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  unknown   server closed without being asked to
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to
+    "#);
+}
+
+#[test]
+fn hostile_bytes() {
+    let records = [
+        with(server(), |r| {
+            r.owner = task(SERVER_PID, b"\x1b[2J\xff\0\0");
+            set_target(r, b"/\x1b]0;pwned\x07\0\xc2\x9b31m\xff");
+        }),
+        with(server(), |r| {
+            set_target(r, "/\u{202e}gpj.exe\u{2028}\u{200b}日本".as_bytes());
+            r.http.method = *b"M\x1b[31m\r\n\x7f\0\0\0\0\0\0\0";
+            r.http.method_len = 9;
+            (r.http.responses, r.http.flags) = (0, r.http.flags & !bit::HAS_RESPONSE);
+        }),
+    ];
+    let events = replay(&records, false);
+    insta::assert_snapshot!(print_text(&events), @r#"
+    12:00:00 4200001/\x1b[2J… :8080 < 127.0.0.1:43210     local  time_wait server closed without being asked to
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait no answer to M\x1b[31m\x0d\x0a\x7f /\u{202e}gpj.…
+    "#);
+    let json = print_json(&events);
+    let targets: Vec<&str> = json
+        .lines()
+        .filter_map(|line| line.split_once("\"target\":")?.1.split_once(",\"target_tr"))
+        .map(|(t, _)| t)
+        .collect();
+    insta::assert_snapshot!(targets.join("\n"), @r#"
+    "/\u001b]0;pwned\u0007\u0000\u009b31m�"
+    "/\u202egpj.exe\u2028\u200b日本"
+    "#);
+}
+
+#[test]
+fn states_as_text() {
+    let at = |states: &[u8], headers: bool| {
+        with(classic()[0], |r| {
+            r.kind = kind::STATE;
+            if !headers {
+                (r.first_end, r.end_ns) = (first_end::NONE, 0);
+                payload(r, protocol::NONE);
+            }
+            set_states(r, states);
+        })
+    };
+    let records = [
+        at(&[3, ESTABLISHED], false),
+        at(&[3, ESTABLISHED, FIN_WAIT1], true),
+        at(&[3, ESTABLISHED, FIN_WAIT1, FIN_WAIT2], true),
+        with(classic()[0], |r| set_states(r, &[3, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE])),
+    ];
+    insta::assert_snapshot!(print_text(&replay(&records, true)), @r#"
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     -      SYN_RECV>ESTABLISHED +1 ms
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  ESTABLISHED>FIN_WAIT1 +1 ms (req close, resp close)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  FIN_WAIT1>FIN_WAIT2 +1 ms (req close, resp close)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  FIN_WAIT2>TIME_WAIT +1 ms (req close, resp close)
+    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hello 200)
+    "#);
+}
+
+#[test]
+fn lost_and_summary() {
+    let mut summary = Summarizer::new();
+    for (at, (_, record)) in every_cause().into_iter().enumerate() {
+        for _ in 0..=at {
+            summary.close(&close(&record));
+        }
+    }
+    let events = [
+        Event::Lost(Lost { time: noon(), records: 17, since: noon() - jiff::SignedDuration::from_secs(61) }),
+        Event::Summary(summary.finish(noon(), Duration::from_millis(21_040), 17)),
+        Event::Summary(Summarizer::new().finish(noon(), Duration::from_secs(1), 0)),
+    ];
+    insta::assert_snapshot!(print_text(&events), @r#"
+    12:00:00 LOST 17 records since 11:58:59: as many lines are missing
+    12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost
+      CLOSES TIME_WAIT PROCESS          CLOSED CAUSE          PEER
+          17        17 4200001/server   local  unknown        127.0.0.1
+          16         0 4200002/client   remote no_reuse       127.0.0.1
+          15        15 4200001/server   local  idle_timeout   127.0.0.1
+          14        14 4200001/server   local  http10         127.0.0.1
+          13        13 4200001/server   local  response_close 127.0.0.1
+          12        12 4200001/server   local  request_close  127.0.0.1
+          11        11 4200001/server   local  truncated      127.0.0.1
+          10        10 4200001/server   local  unanswered     127.0.0.1
+           9         9 4200001/server   local  not_http       127.0.0.1
+           8         8 4200001/server   local  h2             127.0.0.1
+          28 in other groups
+    12:00:00 0 closed in 1.0 s, 0 of them left TIME_WAIT, 0 lost
+    "#);
+    insta::assert_snapshot!(print_json(&events[2..]), @r#"
+    {"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"lost":0,"groups":[],"other_closes":0}
+    "#);
+}
+
+#[test]
+fn the_summary_is_bounded_and_counts_everything() {
+    let mut summary = Summarizer::new();
+    let mut close = close(&server());
+    for peer in 0..20_000_u32 {
+        close.remote.set_ip(IpAddr::V4(peer.into()));
+        summary.close(&close);
+    }
+    let summary = summary.finish(noon(), Duration::from_secs(1), 0);
+    assert_eq!((summary.closes, summary.time_wait), (20_000, 20_000));
+    assert_eq!((summary.groups.len(), summary.other_closes), (1_000, 19_000));
+    check(&print_text(&[Event::Summary(summary)]));
+}
+
+#[test]
+fn styles_do_not_move_the_columns() {
+    let events = replay(&every_cause().into_iter().map(|(_, record)| record).collect::<Vec<_>>(), true);
+    let mut styled = Vec::new();
+    let mut text = Text::new(TimeZone::UTC, true);
+    for event in &events {
+        text.event(event, &mut styled).expect("written");
+    }
+    let styled = String::from_utf8(styled).expect("UTF-8");
+    assert!(styled.contains('\x1b'));
+    assert_eq!(anstream::adapter::strip_str(&styled).to_string(), print_text(&events));
+}
+
+#[test]
+fn other_bytes_are_refused() {
+    let size = size_of::<Record>();
+    assert_eq!(decode(&[]), Err(NotARecord::Size(0)));
+    assert_eq!(decode(&vec![0; size + 1]), Err(NotARecord::Size(size + 1)));
+    assert_eq!(decode(&vec![0; size]), Err(NotARecord::Kind(0)));
+    let odd = with(server(), |r| r.old_state = 13);
+    assert_eq!(decode(bytemuck::bytes_of(&odd)), Err(NotARecord::State(13)));
+}
+
+/// What holds for all text.
+fn check(text: &str) {
+    for line in text.lines() {
+        assert!(line.width() <= 120, "{} columns: {line}", line.width());
+        assert!(!line.chars().any(|c| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}')), "{line:?}");
+    }
+    assert!(text.ends_with('\n'));
+}
+
+/// Any bytes that are near enough to a record to be taken for one.
+fn any_record() -> impl Strategy<Value = Record> {
+    (
+        proptest::collection::vec(any::<u8>(), size_of::<Record>()),
+        1_u8..=2,
+        1_u8..=12,
+        1_u8..=12,
+        any::<[(bool, u8); 8]>(),
+    )
+        .prop_map(|(bytes, kind, old, new, states)| {
+            let mut record: Record = bytemuck::pod_read_unaligned(&bytes);
+            (record.kind, record.old_state, record.new_state) = (kind, old, new);
+            for (word, (used, state)) in record.states.iter_mut().zip(states) {
+                *word = if used { *word & !15 | u64::from(state % 12 + 1) } else { 0 };
+            }
+            // Likely enough to reach the rules for HTTP, and names and flags of all kinds.
+            record.http.protocol %= 8;
+            record.owner_source %= 5;
+            record.family = if record.family & 1 == 0 { 4 } else { 6 };
+            record.sk_err %= 128;
+            // Random processes and namespaces must not be looked for on this host.
+            record.owner.tgid |= 1 << 23;
+            record.closer.tgid |= 1 << 23;
+            record.netns = u32::MAX;
+            record
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_bytes_make_decode_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2 * size_of::<Record>())) {
+        let _ = decode(&bytes);
+    }
+
+    #[test]
+    fn no_bytes_of_the_right_size_make_decode_panic(
+        mut bytes in proptest::collection::vec(any::<u8>(), size_of::<Record>()), kind in 0_u8..5
+    ) {
+        bytes[std::mem::offset_of!(Record, kind)] = kind;
+        let _ = decode(&bytes);
+    }
+
+    #[test]
+    fn any_record_prints_lines_that_fit(record in any_record()) {
+        let events = replay(&[record], true);
+        prop_assert!(!events.is_empty());
+        check(&print_text(&events));
+        let json = print_json(&events);
+        prop_assert!(!json.chars().any(|c| c.is_control() && c != '\n'));
+        for line in json.lines() {
+            prop_assert!(serde_json::from_str::<serde_json::Value>(line).is_ok());
+        }
+    }
+}
