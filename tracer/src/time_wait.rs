@@ -264,3 +264,94 @@ fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
         _ => Err(invalid("an unexpected message")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn question(local: SocketAddr, remote: SocketAddr, cookie: u64) -> Question {
+        Question {
+            netns: inode(&PathBuf::from("/proc/self/ns/net")).expect("/proc"),
+            pid: None,
+            local,
+            remote,
+            bound_dev: 0,
+            cookie,
+        }
+    }
+
+    /// The cookie of a socket, as the kernel tells it.
+    fn cookie_of(socket: &TcpStream) -> u64 {
+        rustix::net::sockopt::socket_cookie(socket).expect("a socket has a cookie")
+    }
+
+    #[test]
+    fn tells_alive_from_half_closed_from_time_wait_from_gone() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("it listens");
+        let (server, _) = listener.accept().expect("it connected");
+        let (local, remote) = (server.local_addr().expect("open"), server.peer_addr().expect("open"));
+        let asked = question(local, remote, cookie_of(&server));
+        let mut sock_diag = SockDiag::new().expect("/proc");
+        sock_diag.probe().expect("the kernel answers");
+        assert_eq!(sock_diag.ask(&asked), Answer::Alive);
+        assert_eq!(
+            sock_diag.ask(&Question { cookie: asked.cookie + 1, ..asked.clone() }),
+            Answer::Gone,
+            "another's cookie"
+        );
+        // The segments of the close may be on their way for a moment.
+        let mut settled = |passing: fn(Answer) -> bool| {
+            let until = std::time::Instant::now() + Duration::from_secs(10);
+            loop {
+                let answer = sock_diag.ask(&asked);
+                if !passing(answer) || std::time::Instant::now() > until {
+                    return answer;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        drop(server);
+        let half_closed = settled(|answer| answer == Answer::Alive);
+        let Answer::FinWait2(left) = half_closed else { panic!("{half_closed:?}") };
+        assert!(left > Duration::ZERO && left <= Duration::from_secs(120), "{left:?}");
+        drop(client);
+        assert_eq!(settled(|answer| matches!(answer, Answer::FinWait2(_))), Answer::TimeWait);
+        let other = SocketAddr::new(remote.ip(), remote.port() ^ 1);
+        assert_eq!(sock_diag.ask(&Question { remote: other, ..asked }), Answer::Gone);
+    }
+
+    #[test]
+    fn a_namespace_that_does_not_exist_is_unknown_not_gone() {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        let mut asked = question(address, address, 1);
+        asked.netns = 1;
+        assert_eq!(SockDiag::new().expect("/proc").ask(&asked), Answer::Unknown);
+    }
+
+    proptest! {
+        #[test]
+        fn any_reply_is_read_without_a_panic(reply in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = answer(&reply, 1);
+        }
+
+        #[test]
+        fn any_reply_with_a_good_header_is_read_without_a_panic(
+            kind in prop_oneof![Just(20u16), Just(2), Just(3), any::<u16>()],
+            body in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut reply = Vec::new();
+            reply.extend_from_slice(&u32::try_from(body.len() + 16).expect("small").to_ne_bytes());
+            reply.extend_from_slice(&kind.to_ne_bytes());
+            reply.extend_from_slice(&[0; 2]);
+            reply.extend_from_slice(&1u32.to_ne_bytes());
+            reply.extend_from_slice(&[0; 4]);
+            reply.extend_from_slice(&body);
+            let _ = answer(&reply, 1);
+        }
+    }
+}
