@@ -133,8 +133,11 @@ const fn time_wait(socket: &Socket) -> Fate {
     }
 }
 
+/// Whether a cause fits.
+type Rule = fn(&Socket, &Ending) -> bool;
+
 /// One rule for each cause, in the order of the contract.
-const RULES: [(Cause, fn(&Socket, &Ending) -> bool); 16] = [
+const RULES: [(Cause, Rule); 16] = [
     (Cause::Timeout, timeout),
     (Cause::ResetByPeer, reset_by_peer),
     (Cause::ResetByLocal, reset_by_local),
@@ -350,9 +353,9 @@ pub fn advice(close: &Close) -> Option<String> {
         Cause::Http10 => http10_advice(close),
         Cause::IdleTimeout => return Some(idle_advice(close, side)),
         Cause::NoReuse => match side {
-            Some(Side::Server) => "server closed without being asked to",
+            Some(Side::Server) => "server closed, nobody asked",
             Some(Side::Client) => "client did not reuse the connection",
-            None => "closed without being asked to",
+            None => "closed, nobody asked",
         },
         Cause::Timeout if established => "peer no longer answered",
         Cause::Timeout => "connection attempt timed out",

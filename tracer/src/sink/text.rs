@@ -31,6 +31,11 @@ mod column {
 
 /// The widest process: a longer name is cut.
 const PROCESS_WIDTH: usize = column::SOCKET - column::PROCESS - 1;
+/// Before the process that made the close, where it is not the owner.
+const CLOSER: &str = ", by ";
+const CLOSER_WIDTH: usize = CLOSER.len() + PROCESS_WIDTH;
+/// It is shown if so many columns are left for it and the reason.
+const CLOSER_MIN: usize = CLOSER_WIDTH + 14;
 /// A request is shown behind the reason if so many columns are left for it.
 const REQUEST_MIN: usize = 14;
 /// Groups of the summary that are shown.
@@ -116,12 +121,16 @@ impl Text {
             line.put(if inferred { "?" } else { "" });
         });
         line.stop(column::WHY);
+        // Who made the close must not be lost behind why.
+        let room = WIDTH - line.column;
+        let closer = close.closer.as_ref().filter(|_| room >= CLOSER_MIN);
+        let room = if closer.is_some() { room - CLOSER_WIDTH } else { room };
         match verdict::advice(close) {
-            Some(advice) => line.style(ADVICE, |line| line.put(&advice)),
+            Some(advice) => line.style(ADVICE, |line| line.put_within(&advice, room)),
             None => line.put(cause_word(close.cause)),
         }
-        if let Some(closer) = &close.closer {
-            line.put(", closed by ");
+        if let Some(closer) = closer {
+            line.put(CLOSER);
             line.process(closer);
         }
         if let Some(http) = &close.http

@@ -489,10 +489,10 @@ mod causes {
             (("1.1", KEEP_ALIVE), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
             (("1.0", KEEP_ALIVE), ("1.0", ABSENT), Cause::Http10, "server ignored HTTP/1.0 keep-alive"),
             (("1.0", KEEP_ALIVE), ("1.1", ABSENT), Cause::Http10, "server ignored HTTP/1.0 keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed without being asked to"),
-            (("1.0", KEEP_ALIVE), ("1.1", KEEP_ALIVE), Cause::NoReuse, "server closed without being asked to"),
-            (("1.1", ABSENT), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed without being asked to"),
-            (("1.1", ABSENT), ("1.1", ABSENT), Cause::NoReuse, "server closed without being asked to"),
+            (("1.0", KEEP_ALIVE), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
+            (("1.0", KEEP_ALIVE), ("1.1", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
+            (("1.1", ABSENT), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
+            (("1.1", ABSENT), ("1.1", ABSENT), Cause::NoReuse, "server closed, nobody asked"),
         ];
         for ((asked_version, asked), (told_version, told), cause, words) in versions {
             let socket = with_http(|http| {
@@ -549,10 +549,7 @@ mod causes {
 
     #[test]
     fn no_reuse() {
-        assert_eq!(
-            (judge(&socket()), advised(&socket()).as_str()),
-            (Cause::NoReuse, "server closed without being asked to")
-        );
+        assert_eq!((judge(&socket()), advised(&socket()).as_str()), (Cause::NoReuse, "server closed, nobody asked"));
         let client = with(|s| (s.first_end, s.old) = (ClosedBy::Remote, TcpState::LastAck));
         assert_eq!(
             (judge(&client), advised(&client).as_str()),
@@ -561,7 +558,7 @@ mod causes {
         let mirrored = with(|s| s.role = Role::Client);
         assert_eq!(advised(&mirrored), "client did not reuse the connection");
         let both = with(|s| (s.old, s.first_end) = (TcpState::Closing, ClosedBy::Both));
-        assert_eq!((judge(&both), advised(&both).as_str()), (Cause::NoReuse, "closed without being asked to"));
+        assert_eq!((judge(&both), advised(&both).as_str()), (Cause::NoReuse, "closed, nobody asked"));
     }
 
     #[test]
