@@ -336,6 +336,8 @@ fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
         Some(_) => (Final::Reset, FinalSource::Inferred),
         // The FIN had come, so it would be there if there had been room for it.
         None if held.socket.fin_received => (Final::Closed, FinalSource::SockDiag),
+        // An orphan that the kernel gave up: no RST followed.
+        None if held.socket.old == TcpState::FinWait1 => (Final::Closed, FinalSource::State),
         // It was never seen: a RST within moments, or no memory for it.
         None => (Final::Unknown, FinalSource::SockDiag),
     }

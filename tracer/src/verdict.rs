@@ -81,7 +81,9 @@ pub fn ending(socket: &Socket) -> Ending {
         // after the transition.
         TcpState::Established | TcpState::CloseWait | TcpState::SynRecv => by_reset(socket, ClosedBy::Local),
         TcpState::FinWait1 | TcpState::Closing if socket.in_process => by_reset(socket, ClosedBy::Local),
-        // FIN_WAIT1 in softirq: the kernel gave up an orphan (its namespace is gone, or there are too many) in silence.
+        // In softirq: data came after the application's `close`, and is answered by a RST right after the transition; or
+        // the kernel gave up an orphan (its namespace is gone, or there are too many) in silence.
+        TcpState::FinWait1 => Ending { fate: Fate::Ask, ..without_segment(socket) },
         // SYN_SENT: the application gave up, or ICMP refused.
         _ => without_segment(socket),
     }

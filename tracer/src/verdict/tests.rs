@@ -216,7 +216,7 @@ mod endings {
     #[test]
     fn an_orphan_that_the_kernel_gave_up_was_not_reset() {
         let orphan = |rst_sent| with(|s| (s.old, s.fin_received, s.rst_sent) = (TcpState::FinWait1, false, rst_sent));
-        assert_eq!(ending(&orphan(false)), ended(ClosedBy::Local, None, Closed, State));
+        assert_eq!(ending(&orphan(false)), Ending { closed_by: ClosedBy::Local, how: None, fate: Fate::Ask });
         assert_eq!(ending(&orphan(true)), ended(ClosedBy::Local, Some(How::Rst), Reset, State));
     }
 
