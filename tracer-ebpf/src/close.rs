@@ -27,93 +27,97 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
 /// `sk` is a BTF pointer to a `struct sock`.
 #[inline(always)]
 unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
-    if new == tcp::LISTEN || (old == tcp::LISTEN && new != tcp::SYN_RECV) {
-        return;
-    }
-    // SAFETY: by the caller's word, here and below.
-    if !unsafe { sock::is_tcp(sk) } {
-        return;
-    }
-    if old == tcp::LISTEN {
-        // SAFETY: as above.
-        unsafe { cloned(sk) };
-        return;
-    }
-    let (local, remote) = unsafe { sock::ports(sk) };
-    // At SYN_SENT a client has no port yet.
-    if new != tcp::SYN_SENT && !conn::port_passes(local, remote) {
-        return;
-    }
-    if new == tcp::SYN_SENT {
-        // A socket that was disconnected and connects again starts anew.
-        unsafe { conn::delete(sk) };
-    }
-    let now = conn::now();
-    let Some(conn) = (unsafe { conn::get_or_create(sk) }) else {
-        warn!(ctx, "no memory for the state of a socket: port {} to {}, state {} to {}", local, remote, old, new);
-        return;
-    };
-    if new == tcp::SYN_SENT {
-        conn.role = role::CLIENT;
-    } else if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {
-        conn.role = role::SERVER;
-    }
-    if conn.marks & mark::READY == 0 {
-        // SAFETY: `sk` is a socket, as the helper asks.
-        unsafe { begin(sk, conn, old, new, now) };
-    }
-    if sock::config_states() && old == tcp::SYN_SENT && conn.states_len != 0 {
-        // At that transition it had no port yet, so it is reported now.
-        let (_, connecting_ns) = unpack_state(conn.states[0]);
-        // SAFETY: as above.
-        unsafe { conn::emit(sk, conn, kind::STATE, tcp::CLOSE, tcp::SYN_SENT, connecting_ns) };
-    }
-    if new == tcp::ESTABLISHED {
-        conn.established_ns = now;
-        if let Some(rcv_nxt) = unsafe { sock::rcv_nxt(sk) } {
-            traffic::established(conn, rcv_nxt);
-        }
-    }
-    if old != new || conn.states_len == 0 {
-        conn.push_state(new, now);
-    }
-    // SAFETY: as above.
+    // SAFETY: by the caller's word; all calls are about `sk`.
     unsafe {
+        if new == tcp::LISTEN || (old == tcp::LISTEN && new != tcp::SYN_RECV) {
+            return;
+        }
+        if !sock::is_tcp(sk) {
+            return;
+        }
+        if old == tcp::LISTEN {
+            cloned(sk);
+            return;
+        }
+        let (local, remote) = sock::ports(sk);
+        // At SYN_SENT a client has no port yet.
+        if new != tcp::SYN_SENT && !conn::port_passes(local, remote) {
+            return;
+        }
+        if new == tcp::SYN_SENT {
+            // A socket that was disconnected and connects again starts anew.
+            conn::delete(sk);
+        }
+        let now = conn::now();
+        let Some(conn) = conn::get_or_create(sk) else {
+            warn!(ctx, "no memory for the state of a socket: port {} to {}, state {} to {}", local, remote, old, new);
+            return;
+        };
+        if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {
+            conn.role = role::SERVER;
+        }
+        if conn.ready == 0 {
+            if new == tcp::CLOSE {
+                conn.flags |= flag::COOKIE_LATE;
+            }
+            let cookie = bpf_get_socket_cookie(sk);
+            traffic::first_sight(conn, cookie, if new == tcp::SYN_SENT { new } else { old }, now);
+        }
+        if new == tcp::CLOSE && old == tcp::SYN_RECV && never_lived(sk, conn) {
+            return;
+        }
+        if sock::config_states() && old == tcp::SYN_SENT && conn.states_len != 0 {
+            // At that transition it had no port yet, so it is reported now.
+            let (_, connecting_ns) = unpack_state(conn.states[0]);
+            conn::emit(sk, conn, kind::STATE, tcp::CLOSE, tcp::SYN_SENT, connecting_ns);
+        }
+        if new == tcp::ESTABLISHED {
+            conn.established_ns = now;
+            if old == tcp::SYN_SENT {
+                // A RST that was sent to an old connection of the peer's, or came from it, did not end this one.
+                conn.flags &= !(flag::RST_SENT | flag::RST_RECEIVED);
+                conn.first_end = first_end::NONE;
+                conn.end_ns = 0;
+            }
+            if let Some(rcv_nxt) = sock::rcv_nxt(sk) {
+                traffic::established(conn, rcv_nxt);
+            }
+        }
+        if old != new || conn.states_len == 0 {
+            conn.push_state(new, now);
+        }
         owner::at_transition(sk, conn, old, new);
-    }
-    match new {
-        // The FINs themselves are seen in `traffic`; this holds where a packet passed it by.
-        tcp::CLOSE_WAIT => conn.first_end(first_end::REMOTE, now),
-        tcp::FIN_WAIT2 => conn.first_end(first_end::LOCAL, now),
-        _ => {}
-    }
-    if new == tcp::CLOSE {
-        // SAFETY: as above.
-        unsafe { ended(sk, conn, old, now) };
-    } else if sock::config_states() && new != tcp::SYN_SENT {
-        // SAFETY: as above.
-        unsafe { conn::emit(sk, conn, kind::STATE, old, new, now) };
+        match new {
+            // The FINs themselves are seen in `traffic`; this holds where a packet passed it by.
+            tcp::CLOSE_WAIT => conn.first_end(first_end::REMOTE, now),
+            tcp::FIN_WAIT2 => conn.first_end(first_end::LOCAL, now),
+            // Our FIN left before the peer's was processed, and the peer's does not acknowledge it. (Where ours still waits
+            // to be sent, the peer's was first.)
+            tcp::CLOSING if conn.flags & flag::FIN_SENT != 0 => conn.first_end = first_end::BOTH,
+            _ => {}
+        }
+        if new == tcp::CLOSE {
+            ended(sk, conn, old, now);
+        } else if sock::config_states() && new != tcp::SYN_SENT {
+            conn::emit(sk, conn, kind::STATE, old, new, now);
+        }
     }
 }
 
-/// The first sight of a socket in a transition.
+/// Whether a socket that goes from SYN_RECV to CLOSE never was a connection: when two segments complete one handshake on
+/// two CPUs, both clone a socket, and the one that comes late is discarded.
 ///
 /// # Safety
 /// As for [`transition`].
 #[inline(always)]
-unsafe fn begin(sk: Sock, conn: &mut Conn, old: i32, new: i32, now: u64) {
-    conn.marks |= mark::READY;
-    traffic::begin(conn);
-    // The cookie is made now, so that the mini-socket of a later TIME_WAIT inherits it.
-    // SAFETY: `sk` is a socket.
-    conn.cookie = unsafe { bpf_get_socket_cookie(sk) };
-    if new == tcp::CLOSE {
-        conn.flags |= flag::COOKIE_LATE;
-    }
-    let young = new == tcp::SYN_SENT || new == tcp::ESTABLISHED || old == tcp::SYN_SENT || old == tcp::SYN_RECV;
-    if !young {
-        traffic::started_before(conn, now);
-        conn.push_state(old, now);
+unsafe fn never_lived(sk: Sock, conn: &Conn) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe {
+        conn.established_ns == 0
+            && conn.first_end == first_end::NONE
+            && conn.rst_seen == 0
+            && !sock::locked_by_process(sk)
+            && sock::sk_err(sk) == 0
     }
 }
 
@@ -135,6 +139,7 @@ unsafe fn cloned(sk: Sock) {
         conn.role = role::SERVER;
         conn.marks |= mark::HANDED_OVER;
         conn.handed_seq = (*handover).seq;
+        conn.handed_len = (*handover).len;
         conn.payload_ns = (*handover).payload_ns;
         copy_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>(
             (&raw mut conn.http).cast(),
@@ -157,6 +162,9 @@ unsafe fn ended(sk: Sock, conn: &mut Conn, old: i32, now: u64) {
         if sock::locked_by_process(sk) {
             conn.flags |= flag::IN_PROCESS;
         }
+        if sock::all_acknowledged(sk) {
+            conn.flags |= flag::ALL_ACKNOWLEDGED;
+        }
         match sock::time_wait_table(sk) {
             TimeWaitTable::Room => {}
             TimeWaitTable::Full => conn.flags |= flag::TIME_WAIT_FULL,
@@ -176,7 +184,7 @@ fn tcp_receive_reset(ctx: BtfTracePointContext) -> i32 {
     let sk: Sock = ctx.arg::<*mut _>(0);
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     if let Some(conn) = unsafe { conn::get(sk) } {
-        if conn.marks & mark::RST_SEEN != 0 {
+        if conn.rst_seen != 0 {
             conn.flags |= flag::RST_RECEIVED;
             conn.first_end(first_end::REMOTE, conn::now());
         } else {

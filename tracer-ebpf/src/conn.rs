@@ -14,23 +14,23 @@ use tracer_ebpf::{Record, STATES, TICK_NS, Task, counter, filter, flag, pack_sta
 
 use crate::sock;
 
-/// Bits of [`Conn::marks`]: what only the programs need to know.
+/// Bits of [`Conn::marks`]: what only the programs need to know. Changed only where the socket is locked.
 pub(crate) mod mark {
-    /// A RST segment arrived; whether TCP accepted it `tcp_receive_reset` tells.
-    pub(crate) const RST_SEEN: u8 = 1 << 0;
-    /// The owner or the closer is one of the processes asked for.
-    pub(crate) const PID_MATCHED: u8 = 1 << 1;
+    /// The owner is one of the processes asked for.
+    pub(crate) const OWNER_ASKED: u8 = 1 << 0;
+    /// The closer is one of them.
+    pub(crate) const CLOSER_ASKED: u8 = 1 << 1;
     /// The record of the socket's end was written.
     pub(crate) const ENDED: u8 = 1 << 2;
-    /// A FIN segment arrived.
-    pub(crate) const FIN_SEEN: u8 = 1 << 4;
     /// Payload was read before the socket was cloned from its listener.
-    pub(crate) const HANDED_OVER: u8 = 1 << 5;
-    /// The socket's state has been initialised.
-    pub(crate) const READY: u8 = 1 << 3;
+    pub(crate) const HANDED_OVER: u8 = 1 << 3;
 }
 
 /// What is known of one socket. Times are `bpf_ktime_get_ns`.
+///
+/// Tracepoints and egress run where the socket is locked, ingress does not, and may run on another CPU at the same time.
+/// So ingress writes only what nobody else does (`rst_seen`, its [`Http`] stream) or what is set once and may be late by a
+/// moment (`ready`, `first_end`, `payload_ns`).
 #[repr(C)]
 pub(crate) struct Conn {
     pub(crate) cookie: u64,
@@ -42,18 +42,22 @@ pub(crate) struct Conn {
     pub(crate) closer: Task,
     /// [`flag`] bits.
     pub(crate) flags: u32,
-    /// Sequence number after our FIN, if [`flag::FIN_SENT`].
-    pub(crate) fin_sent_end: u32,
-    /// Sequence number of the payload that was read before the socket was cloned, if [`mark::HANDED_OVER`].
+    /// Sequence number and size of the payload that was read before the socket was cloned, if [`mark::HANDED_OVER`].
     pub(crate) handed_seq: u32,
-    pub(crate) states_len: u32,
+    pub(crate) handed_len: u32,
+    /// Sequence number after the last new payload byte, for each direction; 0: none yet.
+    pub(crate) payload_end: [u32; 2],
     pub(crate) role: u8,
     pub(crate) first_end: u8,
     pub(crate) owner_source: u8,
     /// [`mark`] bits.
     pub(crate) marks: u8,
-    /// Sequence number after the peer's FIN, if [`mark::FIN_SEEN`].
-    pub(crate) fin_seen_end: u32,
+    pub(crate) states_len: u8,
+    /// Not 0: a first sight has initialised this.
+    pub(crate) ready: u8,
+    /// Not 0: a RST segment arrived; whether TCP accepted it, `tcp_receive_reset` tells.
+    pub(crate) rst_seen: u8,
+    pub(crate) _pad: u8,
     pub(crate) http: Http,
 }
 
@@ -62,14 +66,16 @@ pub(crate) struct Conn {
 pub(crate) struct Handover {
     pub(crate) valid: u32,
     pub(crate) seq: u32,
+    pub(crate) len: u32,
+    pub(crate) _pad: u32,
     pub(crate) payload_ns: u64,
     pub(crate) http: Http,
 }
 
-/// The ring buffer's size unless user space asks for another.
+/// The ring buffer's size: some 20,000 records, twice what this machine's class can close in 100 ms.
 const RING_BYTES: usize = 8 << 20;
 /// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
-const WAKEUP_INTERVAL_NS: i64 = 5_000_000;
+const WAKEUP_INTERVAL_NS: u64 = 5_000_000;
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
@@ -144,7 +150,8 @@ pub(crate) fn count(index: u32) {
 /// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
 #[inline(always)]
 pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
-    // SAFETY: by the caller's word; the helper answers NULL or a value that lives until the program ends.
+    // SAFETY: by the caller's word; the helper answers NULL or a value that lives until the program ends. A program on
+    // another CPU may hold it, too: `Conn` says who writes what.
     unsafe {
         bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk, core::ptr::null_mut(), 0).cast::<Conn>().as_mut()
     }
@@ -188,13 +195,11 @@ impl Conn {
     #[inline(always)]
     pub(crate) fn push_state(&mut self, state: i32, at_ns: u64) {
         let at = self.states_len;
-        if at < STATES as u32 {
+        if at < STATES as u8 {
             let slot = clamp::<{ STATES as i32 - 1 }>(u64::from(at)) as usize;
             // SAFETY: `slot` is below `STATES`.
             unsafe { self.states.as_mut_ptr().add(slot).write_volatile(pack_state(state as u8, at_ns)) };
             self.states_len = at + 1;
-        } else {
-            self.flags |= flag::STATES_TRUNCATED;
         }
     }
 
@@ -227,7 +232,7 @@ pub(crate) fn port_passes(local: u16, remote: u16) -> bool {
 #[inline(always)]
 fn passes(conn: &Conn) -> bool {
     let filters = sock::config_filters();
-    if filters & filter::PID != 0 && conn.marks & mark::PID_MATCHED == 0 {
+    if filters & filter::PID != 0 && conn.marks & (mark::OWNER_ASKED | mark::CLOSER_ASKED) == 0 {
         return false;
     }
     filters & filter::COMM == 0 || COMMS.get_ptr(conn.owner.comm).is_some() || COMMS.get_ptr(conn.closer.comm).is_some()
@@ -240,9 +245,6 @@ fn passes(conn: &Conn) -> bool {
 #[inline(always)]
 pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) {
     if !passes(conn) {
-        if kind == tracer_ebpf::kind::CLOSE {
-            count(counter::FILTERED);
-        }
         return;
     }
     let Some(mut entry) = RING.reserve(0) else {
@@ -274,8 +276,7 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
             (&raw const conn.http.exchange).cast(),
         );
     }
-    entry.submit(wakeup(at_ns));
-    count(counter::EMITTED);
+    entry.submit(wakeup(now()));
 }
 
 /// Whether the reader must be woken: not if that happened a moment ago. A wake-up costs more than all else here.
@@ -284,7 +285,7 @@ fn wakeup(now: u64) -> u64 {
     let Some(last) = LAST_WAKEUP.get_ptr_mut(0) else { return 0 };
     // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice.
     unsafe {
-        if (now.wrapping_sub(last.read_volatile()) as i64) < WAKEUP_INTERVAL_NS {
+        if now.wrapping_sub(last.read_volatile()) < WAKEUP_INTERVAL_NS {
             return u64::from(BPF_RB_NO_WAKEUP);
         }
         last.write_volatile(now);

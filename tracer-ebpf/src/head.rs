@@ -763,7 +763,7 @@ fn set(http: &mut Http, bits: u16) {
     #[cfg(target_arch = "bpf")]
     // SAFETY: the aligned word that has `flags` as its low half. (The target has no such atomics but in assembly.)
     unsafe {
-        core::arch::asm!("lock *(u32 *)({0} + 16) |= {1}", in(reg) http as *mut Http, in(wreg) bits as u32, options(nostack));
+        core::arch::asm!("lock *(u32 *)({0} + 16) |= {1}", in(reg) http as *mut Http, in(wreg) u32::from(bits), options(nostack));
     }
     #[cfg(not(target_arch = "bpf"))]
     {
@@ -780,7 +780,7 @@ fn clear(http: &mut Http, bits: u16) {
     #[cfg(target_arch = "bpf")]
     // SAFETY: as in `set`.
     unsafe {
-        core::arch::asm!("lock *(u32 *)({0} + 16) &= {1}", in(reg) http as *mut Http, in(wreg) !(bits as u32), options(nostack));
+        core::arch::asm!("lock *(u32 *)({0} + 16) &= {1}", in(reg) http as *mut Http, in(wreg) !u32::from(bits), options(nostack));
     }
     #[cfg(not(target_arch = "bpf"))]
     {

@@ -49,7 +49,7 @@ pub mod first_end {
     pub const LOCAL: u8 = 1;
     /// The peer.
     pub const REMOTE: u8 = 2;
-    /// Both FINs crossed on the wire.
+    /// Both, at once: each FIN was sent before the other had been processed.
     pub const BOTH: u8 = 3;
 }
 
@@ -86,14 +86,12 @@ pub mod flag {
     pub const TIME_WAIT_FULL: u32 = 1 << 6;
     /// The number of TIME_WAIT sockets of the namespace could not be read on this kernel.
     pub const TIME_WAIT_COUNT_UNKNOWN: u32 = 1 << 7;
-    /// There were more transitions than [`Record::states`](crate::Record::states) holds.
-    pub const STATES_TRUNCATED: u32 = 1 << 8;
+    /// Everything that was sent, the FIN included, was acknowledged (`snd_una == write_seq`).
+    pub const ALL_ACKNOWLEDGED: u32 = 1 << 8;
     /// The socket's cookie was made only at its end: its mini-socket does not carry it.
     pub const COOKIE_LATE: u32 = 1 << 9;
-    /// Both FINs crossed: neither end had seen the other's when it sent its own.
-    pub const FINS_CROSSED: u32 = 1 << 10;
     /// The state change ran in the context of the process that holds the socket lock, not in softirq.
-    pub const IN_PROCESS: u32 = 1 << 11;
+    pub const IN_PROCESS: u32 = 1 << 10;
 }
 
 wire! {
@@ -221,8 +219,6 @@ wire! {
         pub skc_flags: u32,
         /// `sock.sk_protocol`
         pub sk_protocol: u32,
-        /// Size of `sk_protocol` in bytes: 2, or 1 before 5.6.
-        pub sk_protocol_size: u32,
         /// `sock.sk_err`
         pub sk_err: u32,
         /// `sock.sk_lock.owned`
@@ -231,6 +227,10 @@ wire! {
         pub inet_sport: u32,
         /// `tcp_sock.rcv_nxt`
         pub rcv_nxt: u32,
+        /// `tcp_sock.snd_una`
+        pub snd_una: u32,
+        /// `tcp_sock.write_seq`
+        pub write_seq: u32,
         /// `tcp_sock.bytes_received`
         pub bytes_received: u32,
         /// `tcp_sock.bytes_sent`
@@ -298,16 +298,12 @@ wire! {
 
 /// Counters of the `COUNTERS` per-CPU map, by index.
 pub mod counter {
-    /// Records written to the ring buffer.
-    pub const EMITTED: u32 = 0;
     /// Records that found the ring buffer full.
-    pub const LOST: u32 = 1;
-    /// Closed sockets that a filter left out.
-    pub const FILTERED: u32 = 2;
+    pub const LOST: u32 = 0;
     /// Sockets that could not be given storage.
-    pub const UNTRACKED: u32 = 3;
+    pub const UNTRACKED: u32 = 1;
     /// Number of counters.
-    pub const COUNT: u32 = 4;
+    pub const COUNT: u32 = 2;
 }
 
 const _: () = assert!(size_of::<Task>() == 32);

@@ -22,48 +22,54 @@ use crate::traffic;
 /// `sk` is a BTF pointer to a TCP `struct sock`.
 #[inline(always)]
 pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32) {
-    let by_close = match (old, new) {
-        (_, tcp::SYN_SENT) => {
-            // SAFETY: by the caller's word, here and below.
-            if unsafe { sock::locked_by_process(sk) } {
-                let mut task = Task::NONE;
-                if unsafe { sock::process(sock::current(), &raw mut task) } != Who::Kernel {
-                    own(conn, &task, source::CONNECT);
+    // SAFETY: by the caller's word; the current task and `task` are valid, a copy of a `Task` is four words.
+    unsafe {
+        let mut aborted = false;
+        let by_close = match (old, new) {
+            (_, tcp::SYN_SENT) => {
+                if sock::locked_by_process(sk) {
+                    let mut task = Task::NONE;
+                    if sock::process(sock::current(), &raw mut task) != Who::Kernel {
+                        own(conn, &task, source::CONNECT);
+                    }
                 }
+                return;
             }
+            (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::FIN_WAIT1 | tcp::LAST_ACK) => true,
+            // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear; or `tcp_abort`.
+            (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT | tcp::FIN_WAIT1 | tcp::FIN_WAIT2, tcp::CLOSE) => {
+                let err = sock::sk_err(sk);
+                aborted = err == sock::ECONNABORTED;
+                conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || aborted)
+            }
+            _ => false,
+        };
+        if !by_close || !sock::locked_by_process(sk) {
             return;
         }
-        (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::FIN_WAIT1 | tcp::LAST_ACK) => true,
-        // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear; or `tcp_abort`.
-        (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT | tcp::FIN_WAIT1 | tcp::FIN_WAIT2, tcp::CLOSE) => {
-            let err = unsafe { sock::sk_err(sk) };
-            conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || err == sock::ECONNABORTED)
-        }
-        _ => false,
-    };
-    if !by_close || !unsafe { sock::locked_by_process(sk) } {
-        return;
-    }
-    let mut task = Task::NONE;
-    match unsafe { sock::process(sock::current(), &raw mut task) } {
-        Who::Kernel => {
-            // The last reference was dropped by a worker: after an exit, for example through io_uring.
-            if exited(&conn.owner) {
-                conn.flags |= flag::CLOSED_BY_EXIT;
+        let mut task = Task::NONE;
+        match sock::process(sock::current(), &raw mut task) {
+            Who::Kernel => {
+                // The last reference was dropped by a worker: after an exit, for example through io_uring.
+                if exited(&conn.owner) {
+                    conn.flags |= flag::CLOSED_BY_EXIT;
+                }
+                return;
             }
-            return;
+            Who::Exiting => conn.flags |= flag::CLOSED_BY_EXIT,
+            Who::Process => {}
         }
-        Who::Exiting => conn.flags |= flag::CLOSED_BY_EXIT,
-        Who::Process => {}
-    }
-    // SAFETY: both are four words.
-    unsafe { conn::copy_words::<4>((&raw mut conn.closer).cast(), (&raw const task).cast()) };
-    if conn.owner_source == source::NONE || conn.owner.tgid == task.tgid {
-        // Also renews the name of an owner that has called `exec` since.
-        let by = if conn.owner_source == source::NONE { source::CLOSE } else { conn.owner_source };
-        own(conn, &task, by);
-    } else if conn::pid_asked(&task) {
-        conn.marks |= mark::PID_MATCHED;
+        conn::copy_words::<4>((&raw mut conn.closer).cast(), (&raw const task).cast());
+        if conn::pid_asked(&task) {
+            conn.marks |= mark::CLOSER_ASKED;
+        }
+        if conn.owner_source != source::NONE && conn.owner.tgid == task.tgid {
+            // It may have called `exec` since: a new name.
+            own(conn, &task, conn.owner_source);
+        } else if conn.owner_source == source::NONE && !aborted {
+            // Who aborts a socket (`ss -K`) need not hold it.
+            own(conn, &task, source::CLOSE);
+        }
     }
 }
 
@@ -74,9 +80,9 @@ fn own(conn: &mut Conn, task: &Task, by: u8) {
     unsafe { conn::copy_words::<4>((&raw mut conn.owner).cast(), (&raw const *task).cast()) };
     conn.owner_source = by;
     if conn::pid_asked(task) {
-        conn.marks |= mark::PID_MATCHED;
+        conn.marks |= mark::OWNER_ASKED;
     } else {
-        conn.marks &= !mark::PID_MATCHED;
+        conn.marks &= !mark::OWNER_ASKED;
     }
 }
 
@@ -209,13 +215,8 @@ extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
             return 0;
         }
         let Some(conn) = conn::get_or_create(sk) else { return 0 };
-        if conn.marks & mark::READY == 0 {
-            let now = conn::now();
-            conn.marks |= mark::READY;
-            traffic::begin(conn);
-            conn.cookie = bpf_get_socket_cookie(sk);
-            traffic::started_before(conn, now);
-            conn.push_state(state, now);
+        if conn.ready == 0 {
+            traffic::first_sight(conn, bpf_get_socket_cookie(sk), state, conn::now());
         }
         let mut found = Task::NONE;
         if sock::process(task, &raw mut found) != Who::Process {

@@ -30,13 +30,13 @@ struct Context {
 /// `skb` is the context of the running program and `http` its socket's state, in map memory.
 #[inline(always)]
 pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, seq: u32, len: u32, http: *mut Http) {
-    // SAFETY: valid as the caller says. The other direction may change what the two share at the same time, in the way
-    // that `Http` describes.
+    // SAFETY: valid as the caller says. The other direction may be scanned on another CPU at the same time: each writes
+    // its own stream, and what the two share is written in the way that `Http` describes.
     let state = unsafe { &mut *http };
     let busy = &raw mut state.streams[D].busy;
     // Sending is serialised by the socket's lock, receiving is not.
     // SAFETY: an aligned word of `state`.
-    if D == head::INGRESS && unsafe { take(busy) } != 0 {
+    if D == head::INGRESS && unsafe { exchange(busy, 1) } != 0 {
         head::miss::<D>(state);
         return;
     }
@@ -45,18 +45,18 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
         unsafe { run::<D>(skb, payload_at, state) };
     }
     if D == head::INGRESS {
-        // SAFETY: an aligned word of `state`. Volatile, so that it comes last.
-        unsafe { busy.write_volatile(0) };
+        // SAFETY: an aligned word of `state`. An exchange orders it behind everything that was written before.
+        unsafe { exchange(busy, 0) };
     }
 }
 
-/// Sets a word to 1, atomically: what it was. (The target has no 32-bit atomics but in assembly.)
+/// Sets a word, atomically: what it was. (The target has no 32-bit atomics but in assembly.)
 #[inline(always)]
-unsafe fn take(word: *mut u32) -> u32 {
-    let mut one = 1u32;
+unsafe fn exchange(word: *mut u32, value: u32) -> u32 {
+    let mut value = value;
     // SAFETY: an exchange of a register and the word, which the caller vouches for.
-    unsafe { core::arch::asm!("{0} = xchg32_32({1} + 0, {0})", inout(wreg) one, in(reg) word, options(nostack)) };
-    one
+    unsafe { core::arch::asm!("{0} = xchg32_32({1} + 0, {0})", inout(wreg) value, in(reg) word, options(nostack)) };
+    value
 }
 
 /// The loop, with its window in a stack frame of its own.
@@ -105,7 +105,7 @@ unsafe extern "C" fn step<const D: usize>(_turn: u32, context: *mut Context) -> 
 /// A size of 1 to [`head::WINDOW`], so that the verifier sees it.
 #[inline(always)]
 fn bounded(n: u32) -> u32 {
-    let mut n = n as u64;
+    let mut n = u64::from(n);
     // SAFETY: registers and constants only, and the jumps stay inside.
     unsafe {
         core::arch::asm!(

@@ -74,9 +74,10 @@ pub(crate) mod tcp {
     pub(crate) const CLOSE_WAIT: i32 = 8;
     pub(crate) const LAST_ACK: i32 = 9;
     pub(crate) const LISTEN: i32 = 10;
+    pub(crate) const CLOSING: i32 = 11;
 }
 
-const IPPROTO_TCP: u32 = 6;
+const IPPROTO_TCP: u16 = 6;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 /// `include/linux/sched.h`: the task is shutting down.
@@ -96,12 +97,7 @@ pub(crate) unsafe fn is_tcp(sk: Sock) -> bool {
         if family != AF_INET && family != AF_INET6 {
             return false;
         }
-        let protocol = if offset!(sk_protocol_size) == 1 {
-            u32::from(load!(sk, sk_protocol, u8))
-        } else {
-            u32::from(load!(sk, sk_protocol, u16))
-        };
-        protocol == IPPROTO_TCP
+        load!(sk, sk_protocol, u16) == IPPROTO_TCP
     }
 }
 
@@ -171,6 +167,20 @@ pub(crate) unsafe fn rcv_nxt(sk: Sock) -> Option<u32> {
     }
 }
 
+/// Whether everything that was sent, the FIN included, was acknowledged: so it is when an ACK ends a socket, and so it is
+/// not when the application ends it in CLOSING or LAST_ACK.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn all_acknowledged(sk: Sock) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        !tp.is_null() && load!(tp, snd_una, u32) == load!(tp, write_seq, u32)
+    }
+}
+
 /// How many TIME_WAIT sockets a network namespace has, compared with how many it may have.
 pub(crate) enum TimeWaitTable {
     Room,
@@ -189,9 +199,11 @@ pub(crate) unsafe fn time_wait_table(sk: Sock) -> TimeWaitTable {
     unsafe {
         let net = load!(sk, skc_net, *mut c_void);
         let count = load!(net, tw_count, u32).wrapping_sub(offset!(tw_count_bias));
-        // This socket's own mini-socket is counted by now: below the limit, it was made; at the limit, it was the last
-        // one or the first to be refused.
-        if count < load!(net, max_tw_buckets, u32) { TimeWaitTable::Room } else { TimeWaitTable::Full }
+        let most = load!(net, max_tw_buckets, u32);
+        // This socket's own mini-socket is counted by now. At the limit it was the last one or the first to be refused;
+        // and just below, others may have gone since it was refused.
+        let margin = 64 + (most >> 6);
+        if count.saturating_add(margin) < most { TimeWaitTable::Room } else { TimeWaitTable::Full }
     }
 }
 

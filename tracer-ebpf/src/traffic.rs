@@ -49,18 +49,9 @@ struct Segment {
     len: u32,
     /// Sequence number of the first byte of payload.
     seq: u32,
-    ack: u32,
     flags: u8,
     source_port: u16,
     dest_port: u16,
-}
-
-impl Segment {
-    /// The sequence number after its payload and FIN.
-    #[inline(always)]
-    fn end(&self) -> u32 {
-        self.seq.wrapping_add(self.len).wrapping_add(u32::from(self.flags & FIN != 0))
-    }
 }
 
 /// Reads the headers, which are in the linear part of the packet.
@@ -108,7 +99,6 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
             payload_at,
             len: (*skb).len.saturating_sub(payload_at),
             seq: word(4).wrapping_add(u32::from(flags & SYN != 0)),
-            ack: word(8),
             flags,
             source_port: (ports >> 16) as u16,
             dest_port: ports as u16,
@@ -122,7 +112,12 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
 unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
     // SAFETY: by the caller's word; `sk` is checked before its use.
     unsafe {
-        let Some(segment) = segment(skb) else { return };
+        let Some(segment) = segment(skb) else {
+            if DIRECTION == INGRESS {
+                forget_handover();
+            }
+            return;
+        };
         let carries = segment.len != 0 || segment.flags & (FIN | RST) != 0;
         if DIRECTION == EGRESS && !carries {
             return;
@@ -145,19 +140,11 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         }
         let Some(conn) = conn::get_or_create(sk.cast()) else { return };
         let now = conn::now();
-        if conn.marks & mark::READY == 0 {
-            conn.marks |= mark::READY;
-            begin(conn);
-            conn.cookie = bpf_get_socket_cookie(skb.cast());
-            // Data can come before the transition to ESTABLISHED: with TCP Fast Open.
-            let state = (*sk).state;
-            if state != tcp::SYN_SENT as u32 && state != tcp::SYN_RECV as u32 {
-                started_before(conn, now);
-                conn.push_state(state as i32, now);
-            }
+        if conn.ready == 0 {
+            first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, now);
         }
         if segment.len != 0 {
-            conn.payload_ns = now;
+            active::<DIRECTION>(conn, &segment, now);
             scan::scan::<DIRECTION>(skb, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
         }
         if segment.flags & (FIN | RST) != 0 {
@@ -174,36 +161,31 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
 fn end_arrives(conn: &mut Conn, segment: &Segment, now: u64) {
     if segment.flags & RST != 0 {
         // Whether TCP takes it, `tcp_receive_reset` tells.
-        conn.marks |= mark::RST_SEEN;
-        return;
+        conn.rst_seen = 1;
+    } else {
+        conn.first_end(first_end::REMOTE, now);
     }
-    if conn.marks & mark::FIN_SEEN == 0 {
-        conn.marks |= mark::FIN_SEEN;
-        conn.fin_seen_end = segment.end();
-        if conn.flags & flag::FIN_SENT != 0 && before(segment.ack, conn.fin_sent_end) {
-            conn.flags |= flag::FINS_CROSSED;
-        }
-    }
-    conn.first_end(first_end::REMOTE, now);
 }
 
 #[inline(always)]
 fn end_leaves(conn: &mut Conn, segment: &Segment, now: u64) {
-    if segment.flags & FIN != 0 && conn.flags & flag::FIN_SENT == 0 {
+    if segment.flags & FIN != 0 {
         conn.flags |= flag::FIN_SENT;
-        conn.fin_sent_end = segment.end();
-        if conn.marks & mark::FIN_SEEN != 0 && before(segment.ack, conn.fin_seen_end) {
-            conn.flags |= flag::FINS_CROSSED;
-        }
     }
     conn.first_end(first_end::LOCAL, now);
 }
 
-/// Whether sequence number `a` comes before `b`. A FIN that does not acknowledge the other end's was sent without
-/// knowledge of it: the close is simultaneous.
+/// Notes the time of payload that is new, and came before the end: not that of a retransmission or a probe.
 #[inline(always)]
-fn before(a: u32, b: u32) -> bool {
-    (a.wrapping_sub(b) as i32) < 0
+fn active<const DIRECTION: usize>(conn: &mut Conn, segment: &Segment, now: u64) {
+    let end = segment.seq.wrapping_add(segment.len);
+    let known = conn.payload_end[DIRECTION];
+    if known == 0 || (end.wrapping_sub(known) as i32) > 0 {
+        conn.payload_end[DIRECTION] = end;
+        if conn.end_ns == 0 {
+            conn.payload_ns = now;
+        }
+    }
 }
 
 /// A segment whose socket is still the listener: it completes a handshake, or opens one. With `TCP_DEFER_ACCEPT`, TCP
@@ -214,20 +196,30 @@ fn before(a: u32, b: u32) -> bool {
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
 unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
+    forget_handover();
     let Some(handover) = HANDOVER.get_ptr_mut(0) else { return };
     // SAFETY: a slot of this CPU; only softirq uses it, which does not nest.
     unsafe {
-        (*handover).valid = 0;
         if segment.len == 0 || !conn::port_passes(segment.source_port, segment.dest_port) {
             return;
         }
         (*handover).payload_ns = conn::now();
         conn::clear_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>((&raw mut (*handover).http).cast());
         (*handover).seq = segment.seq;
+        (*handover).len = segment.len;
         (*handover).http.full_target = u8::from(sock::config_full_target());
         head::role(&mut (*handover).http, role::SERVER);
         scan::scan::<INGRESS>(skb, segment.payload_at, segment.seq, segment.len, &raw mut (*handover).http);
         (*handover).valid = 1;
+    }
+}
+
+/// What was read for a socket that was not cloned then must not be taken for the next one's.
+#[inline(always)]
+fn forget_handover() {
+    if let Some(handover) = HANDOVER.get_ptr_mut(0) {
+        // SAFETY: as in `listener`.
+        unsafe { (*handover).valid = 0 };
     }
 }
 
@@ -236,22 +228,36 @@ unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
 pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32) {
     head::role(&mut conn.http, conn.role);
     head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
-    if conn.marks & mark::HANDED_OVER != 0 && (rcv_nxt.wrapping_sub(conn.handed_seq) as i32) < 0 {
+    // With TCP Fast Open the payload of the SYN is counted by now.
+    if conn.marks & mark::HANDED_OVER != 0 && rcv_nxt.wrapping_sub(conn.handed_seq) > conn.handed_len {
         // What was read before the socket was cloned was not the beginning.
         head::lose::<INGRESS>(&mut conn.http);
     }
 }
 
-/// The first sight of a socket: how to scan it.
+/// The first sight of a socket, in `state`. The cookie is made by then, so that the mini-socket of a later TIME_WAIT
+/// inherits it.
 #[inline(always)]
-pub(crate) fn begin(conn: &mut Conn) {
+pub(crate) fn first_sight(conn: &mut Conn, cookie: u64, state: i32, now: u64) {
+    conn.ready = 1;
+    conn.cookie = cookie;
     conn.http.full_target = u8::from(sock::config_full_target());
-}
-
-/// The socket is older than the programs: nothing is known of what passed before.
-#[inline(always)]
-pub(crate) fn started_before(conn: &mut Conn, now: u64) {
-    conn.flags |= flag::STARTED_BEFORE;
-    conn.established_ns = now;
-    head::mid_stream(&mut conn.http);
+    match state {
+        // Not older than the programs, or nothing has been missed.
+        tcp::SYN_SENT => conn.role = role::CLIENT,
+        tcp::SYN_RECV => {}
+        _ => {
+            conn.flags |= flag::STARTED_BEFORE;
+            conn.established_ns = now;
+            head::mid_stream(&mut conn.http);
+            // Whose FIN came first is told by the state, when it came is not.
+            conn.first_end = match state {
+                tcp::FIN_WAIT1 | tcp::FIN_WAIT2 => first_end::LOCAL,
+                tcp::CLOSE_WAIT | tcp::LAST_ACK => first_end::REMOTE,
+                tcp::CLOSING => first_end::BOTH,
+                _ => first_end::NONE,
+            };
+            conn.push_state(state, now);
+        }
+    }
 }

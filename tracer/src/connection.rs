@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::decode::{Fact, Socket, Task};
-use crate::event::{Close, ClosedBy, Event, Final, FinalSource, How, Source, State, StateAt, TcpState};
+use crate::event::{Cause, Close, ClosedBy, Event, Final, FinalSource, How, Source, State, StateAt, TcpState};
 use crate::process::Processes;
 use crate::time_wait::{Answer, Question, SockDiag};
 use crate::verdict::{self, Ending, Fate};
@@ -23,6 +23,8 @@ const QUESTIONS: usize = 256;
 const FIRST: Duration = Duration::from_millis(10);
 /// A TIME_WAIT socket lives for 60 s, so it is not missed.
 const SLOWEST: Duration = Duration::from_secs(1);
+/// How long a foreign network namespace is held without need.
+const RELEASE: Duration = Duration::from_secs(1);
 /// How late a mini-socket's timer may fire, and still be the reason that it is gone.
 const TIMER_SLACK: Duration = Duration::from_millis(1500);
 
@@ -74,12 +76,14 @@ pub struct Connections {
     /// `--states`
     states: bool,
     held: VecDeque<Held>,
+    /// When foreign network namespaces are let go of, if none is needed; `None` while none is held.
+    release_at: Option<Instant>,
 }
 
 impl Connections {
     /// With no connection held back.
     pub fn new(processes: Processes, sock_diag: SockDiag, states: bool) -> Self {
-        Self { processes, sock_diag, clock: Clock::now(), states, held: VecDeque::new() }
+        Self { processes, sock_diag, clock: Clock::now(), states, held: VecDeque::new(), release_at: None }
     }
 
     /// Reads the clocks anew.
@@ -124,8 +128,11 @@ impl Connections {
             // Its mini-socket has another cookie than the one we know: nothing can be said for certain.
             return self.settle(held, Final::Unknown, FinalSource::Inferred, out);
         }
-        match self.sock_diag.ask(&question(&held.socket)) {
-            Answer::TimeWait => self.settle(held, Final::TimeWait, FinalSource::SockDiag, out),
+        let answer = self.sock_diag.ask(&question(&held.socket));
+        if self.release_at.is_none() && self.sock_diag.holds_foreign() {
+            self.release_at = Some(now + RELEASE);
+        }
+        match answer {
             Answer::FinWait2(left) => {
                 held.deadline = Some(now + left);
                 held.next = now + held.pause;
@@ -138,20 +145,28 @@ impl Connections {
                 held.next = now + FIRST;
                 self.hold(held, out);
             }
-            Answer::Gone => {
-                let (fate, source) = gone(&held, now);
-                self.settle(held, fate, source, out);
-            }
-            Answer::Alive | Answer::Unknown => self.settle(held, Final::Unknown, FinalSource::Inferred, out),
+            answer => self.answered(held, answer, now, out),
         }
+    }
+
+    /// Reports one connection by what the kernel answered last.
+    fn answered(&mut self, held: Held, answer: Answer, now: Instant, out: &mut Vec<Event>) {
+        let (fate, source) = match answer {
+            Answer::TimeWait => (Final::TimeWait, FinalSource::SockDiag),
+            Answer::FinWait2(_) => (Final::FinWait2, FinalSource::SockDiag),
+            Answer::Gone => gone(&held, now),
+            Answer::Alive | Answer::Unknown => (Final::Unknown, FinalSource::Inferred),
+        };
+        self.settle(held, fate, source, out);
     }
 
     fn hold(&mut self, held: Held, out: &mut Vec<Event>) {
         if self.held.len() >= HELD
             && let Some(oldest) = self.held.pop_front()
         {
+            // It can still become TIME_WAIT.
             let fate = if oldest.gone_at_once { Final::Unknown } else { Final::FinWait2 };
-            self.settle(oldest, fate, FinalSource::SockDiag, out);
+            self.settle(oldest, fate, FinalSource::Inferred, out);
         }
         self.held.push_back(held);
     }
@@ -163,7 +178,7 @@ impl Connections {
 
     /// When [`Connections::poll`] should be called next; `None` while nothing is held back.
     pub fn next_poll(&self) -> Option<Instant> {
-        self.held.iter().map(|held| held.next).min()
+        self.held.iter().map(|held| held.next).chain(self.release_at).min()
     }
 
     /// Asks again for the connections that are due.
@@ -178,22 +193,18 @@ impl Connections {
                 self.held.push_back(held);
             }
         }
-        let held = &self.held;
-        self.sock_diag.release(|netns| held.iter().any(|held| held.socket.netns == netns));
+        if self.release_at.is_some_and(|at| at <= now) {
+            let held = &self.held;
+            self.sock_diag.release(|netns| held.iter().any(|held| held.socket.netns == netns));
+            self.release_at = self.sock_diag.holds_foreign().then(|| now + RELEASE);
+        }
     }
 
     /// Reports all that is held back as it stands: tracing ends.
     pub fn finish(&mut self, now: Instant, out: &mut Vec<Event>) {
         for held in std::mem::take(&mut self.held) {
-            match self.sock_diag.ask(&question(&held.socket)) {
-                Answer::TimeWait => self.settle(held, Final::TimeWait, FinalSource::SockDiag, out),
-                Answer::FinWait2(_) => self.settle(held, Final::FinWait2, FinalSource::SockDiag, out),
-                Answer::Gone => {
-                    let (fate, source) = gone(&held, now);
-                    self.settle(held, fate, source, out);
-                }
-                Answer::Alive | Answer::Unknown => self.settle(held, Final::Unknown, FinalSource::Inferred, out),
-            }
+            let answer = self.sock_diag.ask(&question(&held.socket));
+            self.answered(held, answer, now, out);
         }
     }
 
@@ -253,17 +264,19 @@ impl Connections {
                 .collect(),
             duration_us: socket.established_ns.map_or(0, |from| socket.at_ns.saturating_sub(from) / 1000),
             started_before: socket.started_before,
-            idle_us: idle(socket),
+            idle_us: verdict::idle_us(socket),
             rx_bytes: socket.rx_bytes,
             tx_bytes: socket.tx_bytes,
             protocol: socket.protocol,
             http: socket.http.clone(),
-            cause: verdict::cause(socket, ending),
+            cause: Cause::Unknown,
         }
     }
 
     fn state(&mut self, socket: &Socket, old: TcpState, new: TcpState, at_ns: u64) -> Event {
-        let before = socket.states.iter().rev().nth(1).map(|(_, at)| *at);
+        // A transition into the same state (FIN_WAIT1 twice) is not kept as one.
+        let earlier = if old == new { 0 } else { 1 };
+        let before = socket.states.iter().rev().nth(earlier).map(|(_, at)| *at);
         Event::State(Box::new(State {
             time: self.clock.date(at_ns),
             cookie: socket.cookie,
@@ -302,12 +315,6 @@ fn same(one: &Task, other: &Task) -> bool {
     one.pid == other.pid && one.start_ns == other.start_ns
 }
 
-/// From the last payload byte to the first FIN or RST, or to the end; microseconds.
-fn idle(socket: &Socket) -> Option<u64> {
-    let until = socket.end_ns.unwrap_or(socket.at_ns);
-    Some(until.saturating_sub(socket.payload_ns?) / 1000)
-}
-
 fn micros_between(from: u64, to: u64) -> i64 {
     if to >= from {
         i64::try_from((to - from) / 1000).unwrap_or(i64::MAX)
@@ -336,8 +343,8 @@ fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
         Some(_) => (Final::Reset, FinalSource::Inferred),
         // The FIN had come, so it would be there if there had been room for it.
         None if held.socket.fin_received => (Final::Closed, FinalSource::SockDiag),
-        // An orphan that the kernel gave up: no RST followed.
-        None if held.socket.old == TcpState::FinWait1 => (Final::Closed, FinalSource::State),
+        // An orphan that the kernel gave up, or an end by the application: no RST followed.
+        None if held.socket.old != TcpState::FinWait2 => (Final::Closed, FinalSource::State),
         // It was never seen: a RST within moments, or no memory for it.
         None => (Final::Unknown, FinalSource::SockDiag),
     }

@@ -82,8 +82,8 @@ pub struct Socket {
     pub started_before: bool,
     /// The peer's FIN was processed.
     pub fin_received: bool,
-    /// A FIN was sent.
-    pub fin_sent: bool,
+    /// Everything that was sent, a FIN included, was acknowledged.
+    pub all_acknowledged: bool,
     /// An acceptable RST arrived.
     pub rst_received: bool,
     /// A RST was sent.
@@ -189,7 +189,6 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
         owner: task(&record.owner, record.owner_source),
         closer: task(&record.closer, source::CLOSE),
         first_end: match record.first_end {
-            _ if has(flag::FINS_CROSSED) => ClosedBy::Both,
             first_end::LOCAL => ClosedBy::Local,
             first_end::REMOTE => ClosedBy::Remote,
             first_end::BOTH => ClosedBy::Both,
@@ -203,7 +202,7 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
         end_ns: some_ns(record.end_ns),
         started_before: has(flag::STARTED_BEFORE),
         fin_received: has(flag::FIN_RECEIVED),
-        fin_sent: has(flag::FIN_SENT),
+        all_acknowledged: has(flag::ALL_ACKNOWLEDGED),
         rst_received: has(flag::RST_RECEIVED),
         rst_sent: has(flag::RST_SENT),
         closed_by_exit: has(flag::CLOSED_BY_EXIT),

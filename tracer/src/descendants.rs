@@ -7,6 +7,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 
+use crate::process;
+
 /// A process id and a start time in clock ticks since boot (`/proc/<pid>/stat`, field 22).
 pub type Named = (u32, u64);
 
@@ -53,13 +55,8 @@ fn stat(pid: u32) -> io::Result<Stat> {
     parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not the stat of a process"))
 }
 
-/// `pid (comm) state ppid … starttime …`; the name may hold anything, also blanks and parentheses.
 fn parse(stat: &[u8]) -> Option<Stat> {
-    let after_name = stat.iter().rposition(|byte| *byte == b')')? + 1;
-    let mut fields = std::str::from_utf8(stat.get(after_name..)?).ok()?.split_ascii_whitespace();
-    let parent = fields.nth(1)?.parse().ok()?;
-    let start = fields.nth(17)?.parse().ok()?;
-    Some(Stat { parent, start })
+    Some(Stat { parent: process::stat_field(stat, 4)?, start: process::stat_field(stat, 22)? })
 }
 
 fn closure(processes: &HashMap<u32, Stat>, pids: &[u32]) -> Result<Vec<Named>, u32> {

@@ -14,6 +14,9 @@ use aya_log::EbpfLogger;
 use log::Log;
 use tracer_ebpf::{Config, Offsets, counter, filter};
 
+use crate::descendants;
+use crate::preflight::Refusal;
+
 /// The programs. Committed, so that building tracer needs no BPF toolchain; `TRACER_BPF_OBJECT` at build time names
 /// another object, for testing programs that were just built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("TRACER_BPF_OBJECT"));
@@ -21,8 +24,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("TRACER_BPF_OBJECT"));
 /// What the programs are asked to report.
 #[derive(Clone, Debug, Default)]
 pub struct Ask {
-    /// Processes with their start times (in clock ticks since boot): they and their descendants only. Empty: all.
-    pub pids: Vec<(u32, u64)>,
+    /// Processes: they and their descendants only. Empty: all.
+    pub pids: Vec<u32>,
     /// Local or remote ports. Empty: all.
     pub ports: Vec<u16>,
     /// Process names, NUL-padded. Empty: all.
@@ -36,19 +39,15 @@ pub struct Ask {
 /// Counters of the programs, summed over all CPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Records that were written.
-    pub emitted: u64,
     /// Records that found the ring buffer full.
     pub lost: u64,
-    /// Closed sockets that a filter left out.
-    pub filtered: u64,
     /// Sockets that could not be followed for want of memory.
     pub untracked: u64,
 }
 
 /// The attached programs; dropped, they are gone.
 pub struct Kernel {
-    _ebpf: Ebpf,
+    ebpf: Option<Ebpf>,
     counters: PerCpuArray<MapData, u64>,
     /// Attached hooks by name.
     pub hooks: Vec<String>,
@@ -95,17 +94,18 @@ impl Kernel {
             .context("cannot create the maps of the kernel programs")?;
         let logger = EbpfLogger::init(&mut ebpf).context("cannot read the programs' log")?;
 
-        fill(&mut ebpf, "PIDS", &ask.pids)?;
         fill(&mut ebpf, "PORTS", &ask.ports.iter().map(|port| (*port, 1u8)).collect::<Vec<_>>())?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
 
         let mut hooks = Vec::new();
-        // With `--pid`, forks first: a child that is born while the walk runs is known by the time it matters.
         let pid_tracepoints = if ask.pids.is_empty() { &[] } else { PID_TRACEPOINTS.as_slice() };
         for name in pid_tracepoints.iter().chain(&TRACEPOINTS[..4]) {
             tracepoint(&mut ebpf, name, &btf)?;
             hooks.push(format!("tp_btf/{name}"));
         }
+        // After the hook on forks: a child that was born before it is found here, one that is born later there.
+        let pids = descendants::of(&ask.pids).map_err(Refusal::no_such_process)?;
+        fill(&mut ebpf, "PIDS", &pids)?;
         for (name, direction) in [("ingress", CgroupSkbAttachType::Ingress), ("egress", CgroupSkbAttachType::Egress)] {
             let program: &mut CgroupSkb = program(&mut ebpf, name)?.try_into()?;
             program.load().with_context(|| format!("the kernel refused program cgroup_skb/{name}"))?;
@@ -122,7 +122,12 @@ impl Kernel {
 
         let ring = RingBuf::try_from(take(&mut ebpf, "RING")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
-        Ok((Self { _ebpf: ebpf, counters, hooks }, ring, logger))
+        Ok((Self { ebpf: Some(ebpf), counters, hooks }, ring, logger))
+    }
+
+    /// Detaches the programs. What they have written, and their counters, can still be read.
+    pub fn detach(&mut self) {
+        self.ebpf = None;
     }
 
     /// Reads the programs' counters.
@@ -133,12 +138,7 @@ impl Kernel {
         let sum = |index: u32| -> Result<u64> {
             Ok(self.counters.get(&index, 0).context("cannot read the programs' counters")?.iter().sum())
         };
-        Ok(Counters {
-            emitted: sum(counter::EMITTED)?,
-            lost: sum(counter::LOST)?,
-            filtered: sum(counter::FILTERED)?,
-            untracked: sum(counter::UNTRACKED)?,
-        })
+        Ok(Counters { lost: sum(counter::LOST)?, untracked: sum(counter::UNTRACKED)? })
     }
 }
 

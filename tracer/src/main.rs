@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
-use tracer::preflight::{Refusal, exit};
+use tracer::preflight::Refusal;
 use tracer::sink::Sink;
 use tracer::{demo, descendants, run};
 
@@ -38,15 +38,13 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
         .parse_default_env()
         .format(|out, record| writeln!(out, "tracer: {}", record.args()))
         .init();
-    let pids = descendants::of(&arguments.pid).map_err(|missing| Refusal {
-        code: exit::USAGE,
-        message: format!("--pid {missing}: there is no such process"),
-    })?;
+    // Before anything else, so that a mistyped number needs no privileges to be found.
+    descendants::of(&arguments.pid).map_err(Refusal::no_such_process)?;
     let sink = if arguments.json { Sink::json() } else { Sink::text(styled(color)) };
     let mut options = run::Options {
         filters: arguments.filters(),
         ask: Ask {
-            pids,
+            pids: arguments.pid,
             ports: arguments.port,
             comms: arguments.comm.iter().map(|comm| comm.0).collect(),
             states: arguments.states,

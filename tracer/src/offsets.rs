@@ -56,12 +56,11 @@ impl Types {
 }
 
 fn offsets(kernel: &Types) -> Result<Offsets> {
-    let optional = |holder: &str, path: &str| kernel.member(holder, path).map_or(LACKING, |member| member.offset);
-    let offset = |holder: &str, path: &str| kernel.member(holder, path).map(|member| member.offset);
-    let protocol = kernel.member("sock", "sk_protocol")?;
+    let optional = |holder: &str, path: &str| kernel.member(holder, path).unwrap_or(LACKING);
+    let offset = |holder: &str, path: &str| kernel.member(holder, path);
     // 6.0 counts references, that is one more than sockets; before, sockets. From 5.19 to 6.0 the table is not embedded.
     let (tw_count, tw_count_bias) = match kernel.member("net", "ipv4.tcp_death_row.tw_refcount") {
-        Ok(member) => (member.offset, 1),
+        Ok(offset) => (offset, 1),
         Err(_) => (optional("net", "ipv4.tcp_death_row.tw_count"), 0),
     };
     Ok(Offsets {
@@ -75,12 +74,13 @@ fn offsets(kernel: &Types) -> Result<Offsets> {
         skc_net: offset("sock", "__sk_common.skc_net.net")?,
         skc_bound_dev_if: offset("sock", "__sk_common.skc_bound_dev_if")?,
         skc_flags: offset("sock", "__sk_common.skc_flags")?,
-        sk_protocol: protocol.offset,
-        sk_protocol_size: protocol.size,
+        sk_protocol: offset("sock", "sk_protocol")?,
         sk_err: offset("sock", "sk_err")?,
         sk_lock_owned: offset("sock", "sk_lock.owned")?,
         inet_sport: offset("inet_sock", "inet_sport")?,
         rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
+        snd_una: offset("tcp_sock", "snd_una")?,
+        write_seq: offset("tcp_sock", "write_seq")?,
         bytes_received: offset("tcp_sock", "bytes_received")?,
         bytes_sent: offset("tcp_sock", "bytes_sent")?,
         bytes_retrans: offset("tcp_sock", "bytes_retrans")?,
@@ -103,15 +103,9 @@ fn offsets(kernel: &Types) -> Result<Offsets> {
     })
 }
 
-/// Where a member is, in bytes.
-struct Member {
-    offset: u32,
-    size: u32,
-}
-
 impl Types {
-    /// Finds `path` (members joined by dots; anonymous structs and unions are looked through) in struct `holder`.
-    fn member(&self, holder: &str, path: &str) -> Result<Member> {
+    /// The offset in bytes of `path` (members joined by dots; anonymous structs and unions are looked through) in struct `holder`.
+    fn member(&self, holder: &str, path: &str) -> Result<u32> {
         let missing = || anyhow!("this kernel's struct {holder} has no member {path}");
         let mut at = self
             .0
@@ -128,7 +122,7 @@ impl Types {
         if bits % 8 != 0 {
             bail!("{path} of this kernel's struct {holder} is a bit field");
         }
-        Ok(Member { offset: bits / 8, size: size(&at) })
+        Ok(bits / 8)
     }
 
     /// A direct member of `holder`, or of an anonymous struct or union in it: its offset in bits, and its type.
@@ -175,15 +169,4 @@ impl Types {
         }
         bail!("this kernel's enum {holder} has no {name}")
     }
-}
-
-fn size(of: &Type) -> u32 {
-    let size = match of {
-        Type::Int(int) => int.size(),
-        Type::Struct(held) | Type::Union(held) => held.size(),
-        Type::Enum(held) => held.size(),
-        Type::Ptr(_) => size_of::<u64>(),
-        _ => 0,
-    };
-    u32::try_from(size).unwrap_or(0)
 }

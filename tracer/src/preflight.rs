@@ -26,6 +26,13 @@ pub struct Refusal {
     pub message: String,
 }
 
+impl Refusal {
+    /// `--pid` names a process that does not exist.
+    pub fn no_such_process(pid: u32) -> Self {
+        Self { code: exit::USAGE, message: format!("--pid {pid}: there is no such process") }
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -78,9 +85,9 @@ const HELPERS: [(&str, &str, &str); 2] = [
 /// # Errors
 /// The first thing that is missing.
 pub fn check() -> Result<Host, Refusal> {
-    privileges()?;
-    let offsets = kernel()?;
     let mut degraded = Vec::new();
+    privileges(&mut degraded)?;
+    let offsets = kernel()?;
     let cgroup = cgroup(&mut degraded)?;
     if !in_initial_pid_namespace() {
         degraded.push(
@@ -92,7 +99,7 @@ pub fn check() -> Result<Host, Refusal> {
     Ok(Host { cgroup, offsets, degraded })
 }
 
-fn privileges() -> Result<(), Refusal> {
+fn privileges(degraded: &mut Vec<String>) -> Result<(), Refusal> {
     let refuse =
         |what: String| Refusal { code: exit::PRIVILEGES, message: format!("{what}; run it as root: sudo tracer run") };
     let have = caps::read(None, CapSet::Effective)
@@ -102,10 +109,18 @@ fn privileges() -> Result<(), Refusal> {
             || (*capability != Capability::CAP_NET_ADMIN && have.contains(&Capability::CAP_SYS_ADMIN))
     };
     let missing: Vec<String> = NEEDED.iter().filter(|needed| !has(needed)).map(ToString::to_string).collect();
-    if missing.is_empty() {
-        return Ok(());
+    if !missing.is_empty() {
+        return Err(refuse(format!("tracer needs root; this process lacks {}", missing.join(", "))));
     }
-    Err(refuse(format!("tracer needs root; this process lacks {}", missing.join(", "))))
+    for (capability, cost) in [
+        (Capability::CAP_SYS_ADMIN, "what is left of a connection in another network namespace is unknown"),
+        (Capability::CAP_SYS_PTRACE, "exe and network namespace of other users' processes are not looked up"),
+    ] {
+        if !have.contains(&capability) {
+            degraded.push(format!("without {capability} {cost}; run tracer as root"));
+        }
+    }
+    Ok(())
 }
 
 /// The kernel's release, as `uname -r`.
@@ -148,7 +163,11 @@ pub fn lockdown() -> Option<String> {
 }
 
 /// Explains what the kernel refused when the programs were loaded and attached.
-pub fn explain(error: &anyhow::Error) -> Refusal {
+pub fn explain(error: anyhow::Error) -> Refusal {
+    let error = match error.downcast::<Refusal>() {
+        Ok(refusal) => return refusal,
+        Err(error) => error,
+    };
     let denied = error.chain().any(|cause| {
         let text = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
         matches!(text, Some(code) if code == rustix::io::Errno::PERM.raw_os_error() || code == rustix::io::Errno::ACCESS.raw_os_error() )
@@ -251,8 +270,8 @@ mod tests {
     #[test]
     fn a_refusal_by_policy_is_told_from_one_by_the_verifier() {
         let denied = || anyhow::Error::from(std::io::Error::from_raw_os_error(1));
-        assert_eq!(explain(&denied().context("bpf_prog_load failed")).code, exit::POLICY);
-        assert_eq!(explain(&anyhow::anyhow!("processed 12 insns (limit 1000000)")).code, exit::KERNEL);
-        assert_eq!(explain(&denied().context("processed 12 insns")).code, exit::KERNEL);
+        assert_eq!(explain(denied().context("bpf_prog_load failed")).code, exit::POLICY);
+        assert_eq!(explain(anyhow::anyhow!("processed 12 insns (limit 1000000)")).code, exit::KERNEL);
+        assert_eq!(explain(denied().context("processed 12 insns")).code, exit::KERNEL);
     }
 }

@@ -8,6 +8,7 @@ use std::ffi::CString;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use lru::LruCache;
 use rustix::fs::{CWD, Mode, OFlags, openat, readlinkat};
@@ -164,13 +165,17 @@ fn read_file(directory: BorrowedFd<'_>, name: &str) -> rustix::io::Result<Vec<u8
     Ok(content)
 }
 
-/// Field 22 of `/proc/<pid>/stat`: the start of the process in clock ticks since boot. The name in field 2 may hold
-/// anything, spaces and parentheses included, so fields are counted from its last parenthesis.
+/// The start of the process in clock ticks since boot.
 fn start_ticks(stat: &[u8]) -> Option<u64> {
+    stat_field(stat, 22)
+}
+
+/// A field of `/proc/<pid>/stat` behind the name, as proc(5) numbers them: 3 and more. The name in field 2 may hold
+/// anything, spaces and parentheses included, so fields are counted from its last parenthesis.
+pub(crate) fn stat_field<T: FromStr>(stat: &[u8], number: usize) -> Option<T> {
     let name_end = stat.iter().rposition(|byte| *byte == b')')?;
     let rest = str::from_utf8(stat.get(name_end + 1..)?).ok()?;
-    // The first field after the name is number 3.
-    rest.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+    rest.split_ascii_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
 }
 
 /// The path in the cgroup-v2 hierarchy; where that is the root or missing, the first other one that says more.

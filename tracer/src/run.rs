@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::connection::Connections;
 use crate::decode::decode;
 use crate::event::{Event, Lost, Start};
-use crate::kernel::{Ask, Kernel};
+use crate::kernel::{Ask, Counters, Kernel};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
@@ -67,14 +67,14 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
 
-    let (kernel, ring, programs_log) =
-        Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(|error| preflight::explain(&error))?;
+    let (mut kernel, ring, programs_log) =
+        Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
     privileges::drop_unneeded()?;
     let began = Instant::now();
     let mut ring = Ring::new(ring)?;
     let mut programs_log = watch(programs_log, Interest::READABLE)?;
     let mut degraded = host.degraded;
-    let sock_diag = SockDiag::new()?;
+    let mut sock_diag = SockDiag::new()?;
     if let Err(error) = sock_diag.probe() {
         let missing = format!(
             "sock_diag for TCP does not answer ({error}): what is left of a connection whose peer has not closed its end \
@@ -97,7 +97,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         time_wait: time_wait_sockets(),
         degraded,
     });
-    let mut losses = Losses { reported: 0, since: Timestamp::now() };
+    let mut losses = Losses { reported: 0, untracked: 0, since: Timestamp::now() };
     let mut loss_check = tokio::time::interval(LOSS_CHECK);
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let closed = stdout_closed();
@@ -146,13 +146,13 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         }
     };
 
-    // What was written up to now still counts.
+    // What was written up to now still counts; nothing is added to it.
+    kernel.detach();
     let now = Instant::now();
     while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
     connections.finish(now, &mut events);
     losses.check(&kernel, &mut events)?;
     let lost = losses.reported;
-    drop(kernel);
     writer.end(queue, events, lost).await?;
     outcome
 }
@@ -171,15 +171,23 @@ async fn until(at: Option<Instant>) {
     }
 }
 
-/// Records that the programs could not write.
+/// What the programs could not follow or write, as far as it has been reported.
 struct Losses {
     reported: u64,
+    untracked: u64,
     since: Timestamp,
 }
 
 impl Losses {
     fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<()> {
-        let lost = kernel.counters()?.lost;
+        let Counters { lost, untracked } = kernel.counters()?;
+        if untracked > self.untracked {
+            warn!(
+                "the kernel had no memory to follow {} sockets: their ends are not reported",
+                untracked - self.untracked
+            );
+            self.untracked = untracked;
+        }
         if lost > self.reported {
             let time = Timestamp::now();
             events.push(Event::Lost(Lost { time, records: lost - self.reported, since: self.since }));

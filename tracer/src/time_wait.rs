@@ -65,6 +65,8 @@ pub struct SockDiag {
     sockets: HashMap<u32, Option<Socket>>,
     sequence: u32,
     buffer: Vec<u8>,
+    /// The kernel answers such questions at all.
+    answers: bool,
 }
 
 impl SockDiag {
@@ -75,14 +77,21 @@ impl SockDiag {
     pub fn new() -> io::Result<Self> {
         let own = inode(&PathBuf::from("/proc/self/ns/net"))
             .ok_or_else(|| io::Error::other("cannot read /proc/self/ns/net: is /proc mounted?"))?;
-        Ok(Self { own, sockets: HashMap::new(), sequence: 0, buffer: vec![0; 4096] })
+        Ok(Self { own, sockets: HashMap::new(), sequence: 0, buffer: vec![0; 4096], answers: true })
     }
 
-    /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each.
+    /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each. If
+    /// it does not, every answer will be [`Answer::Unknown`].
     ///
     /// # Errors
     /// It does not.
-    pub fn probe(&self) -> io::Result<()> {
+    pub fn probe(&mut self) -> io::Result<()> {
+        let probed = Self::walk_nothing();
+        self.answers = probed.is_ok();
+        probed
+    }
+
+    fn walk_nothing() -> io::Result<()> {
         let socket = open()?;
         let mut buffer = vec![0; 4096];
         // A walk over no state at all.
@@ -99,6 +108,9 @@ impl SockDiag {
 
     /// Asks for one socket. Takes some ten microseconds; the first question in another namespace some more.
     pub fn ask(&mut self, question: &Question) -> Answer {
+        if !self.answers {
+            return Answer::Unknown;
+        }
         if !self.sockets.contains_key(&question.netns) {
             if self.sockets.len() >= NAMESPACES {
                 self.release(|_| false);
@@ -120,6 +132,11 @@ impl SockDiag {
                 Answer::Unknown
             }
         }
+    }
+
+    /// Whether another namespace than tracer's own is held, or known not to be enterable.
+    pub fn holds_foreign(&self) -> bool {
+        self.sockets.keys().any(|netns| *netns != self.own)
     }
 
     /// Lets go of the namespaces that are not needed any more.

@@ -10,9 +10,6 @@ use crate::event::{Cause, Close, ClosedBy, Connection, Final, FinalSource, How, 
 
 /// Values of `sk_err` that say how a socket ended.
 mod errno {
-    /// `ENETDOWN`, `ENETUNREACH`, `EHOSTDOWN`, `EHOSTUNREACH`: what ICMP last said of a peer that did not answer; the
-    /// kernel prefers it to `ETIMEDOUT`.
-    pub(super) const UNREACHABLE: [u16; 4] = [100, 101, 112, 113];
     pub(super) const EPIPE: u16 = 32;
     pub(super) const ECONNABORTED: u16 = 103;
     pub(super) const ECONNRESET: u16 = 104;
@@ -56,23 +53,32 @@ pub fn ending(socket: &Socket) -> Ending {
         // The peer's FIN is there and ours is acknowledged: `tcp_time_wait`. An error that ICMP left behind on a socket
         // that lived on says nothing about that; only a time-out does.
         TcpState::FinWait1 | TcpState::FinWait2 | TcpState::Closing
-            if (socket.fin_received || socket.old == TcpState::Closing) && !aborted(socket) && !timed_out(socket) =>
+            if (socket.fin_received || socket.old == TcpState::Closing)
+                && (socket.all_acknowledged || socket.old != TcpState::Closing)
+                && !aborted(socket)
+                && !timed_out(socket) =>
         {
             let fallback = if socket.old == TcpState::Closing { ClosedBy::Both } else { ClosedBy::Local };
             Ending { closed_by: first_end_or(socket, fallback), how: Some(How::Fin), fate: time_wait(socket) }
         }
-        _ if timed_out(socket) || unreachable(socket) => Ending {
+        _ if timed_out(socket) || given_up(socket) => Ending {
             closed_by: socket.first_end,
             how: Some(How::Timeout),
             fate: Fate::Known(Final::TimedOut, FinalSource::State),
         },
         _ if socket.rst_sent => by_reset(socket, ClosedBy::Local),
         _ if aborted(socket) => without_segment(socket),
-        TcpState::LastAck => Ending {
+        TcpState::LastAck if socket.all_acknowledged => Ending {
             closed_by: first_end_or(socket, ClosedBy::Remote),
             how: Some(How::Fin),
             fate: Fate::Known(Final::Closed, FinalSource::State),
         },
+        // Not by the ACK of our FIN, but by the application: `close` with unread data or SO_LINGER 0 after `shutdown`. If
+        // it sends a RST, then right after the transition.
+        TcpState::LastAck | TcpState::Closing => {
+            let fallback = if socket.old == TcpState::Closing { ClosedBy::Both } else { ClosedBy::Remote };
+            Ending { closed_by: first_end_or(socket, fallback), how: Some(How::Fin), fate: Fate::Ask }
+        }
         // Our FIN is acknowledged, the peer's has not come. A mini-socket may wait for it.
         TcpState::FinWait2 => {
             Ending { closed_by: first_end_or(socket, ClosedBy::Local), how: Some(How::Fin), fate: Fate::Ask }
@@ -80,7 +86,7 @@ pub fn ending(socket: &Socket) -> Ending {
         // Without an error only `close` with unread data, SO_LINGER 0 and `disconnect` do this, and the RST leaves right
         // after the transition.
         TcpState::Established | TcpState::CloseWait | TcpState::SynRecv => by_reset(socket, ClosedBy::Local),
-        TcpState::FinWait1 | TcpState::Closing if socket.in_process => by_reset(socket, ClosedBy::Local),
+        TcpState::FinWait1 if socket.in_process => by_reset(socket, ClosedBy::Local),
         // In softirq: data came after the application's `close`, and is answered by a RST right after the transition; or
         // the kernel gave up an orphan (its namespace is gone, or there are too many) in silence.
         TcpState::FinWait1 => Ending { fate: Fate::Ask, ..without_segment(socket) },
@@ -100,9 +106,16 @@ const fn timed_out(socket: &Socket) -> bool {
     socket.sk_err == errno::ETIMEDOUT
 }
 
-/// Likewise. In FIN_WAIT2 nothing of ours is on the way: there only a keep-alive probe can fail, and that sends a RST.
-fn unreachable(socket: &Socket) -> bool {
-    errno::UNREACHABLE.contains(&socket.sk_err) && (socket.old != TcpState::FinWait2 || socket.rst_sent)
+/// Likewise: when a connection is given up, the kernel prefers what ICMP last said of the peer (unreachable, refused by a
+/// firewall, …) to `ETIMEDOUT`. Before it is established, ICMP ends it at once. In FIN_WAIT2 nothing of ours is on the way:
+/// there only a keep-alive probe can fail, and that sends a RST.
+fn given_up(socket: &Socket) -> bool {
+    let said = !matches!(socket.sk_err, 0 | errno::ECONNRESET | errno::EPIPE | errno::ECONNABORTED);
+    said && match socket.old {
+        TcpState::SynSent => false,
+        TcpState::FinWait2 => socket.rst_sent,
+        _ => true,
+    }
 }
 
 /// `tcp_abort` (`ss -K`).
@@ -238,7 +251,7 @@ fn idle_timeout(socket: &Socket, ending: &Ending) -> bool {
 
 /// Idle for a shorter time than [`idle_timeout`] wants, which is asked before.
 fn no_reuse(socket: &Socket, ending: &Ending) -> bool {
-    persistent(socket, ending) && idle_us(socket).is_some() && !socket.scan.body_incomplete
+    persistent(socket, ending) && idle_us(socket).is_some()
 }
 
 /// What one head said about the connection.
@@ -313,9 +326,14 @@ fn persistent(socket: &Socket, ending: &Ending) -> bool {
         && ending.closed_by != ClosedBy::None
 }
 
-/// From the last payload byte to the first FIN or RST.
-fn idle_us(socket: &Socket) -> Option<u64> {
-    let end = socket.end_ns.unwrap_or(socket.at_ns);
+/// From the last payload byte to the first FIN or RST, or to the socket's end if there was none; microseconds. `None`
+/// without payload, and where the first FIN came before tracing began.
+pub fn idle_us(socket: &Socket) -> Option<u64> {
+    let end = match (socket.end_ns, socket.first_end) {
+        (Some(end), _) => end,
+        (None, ClosedBy::None) => socket.at_ns,
+        (None, _) => return None,
+    };
     Some(end.saturating_sub(socket.payload_ns?) / 1000)
 }
 

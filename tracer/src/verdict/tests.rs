@@ -29,7 +29,7 @@ fn socket() -> Socket {
         end_ns: Some(10 * SECOND + 2_000_000),
         started_before: false,
         fin_received: true,
-        fin_sent: true,
+        all_acknowledged: true,
         rst_received: false,
         rst_sent: false,
         closed_by_exit: false,
@@ -182,6 +182,39 @@ mod endings {
         assert_eq!(ending(&full).fate, Fate::Ask);
         let reset = with(|s| (s.old, s.rst_received) = (TcpState::Closing, true));
         assert_eq!(ending(&reset), ended(ClosedBy::Local, Some(How::Rst), Reset, State));
+    }
+
+    #[test]
+    fn an_end_before_our_fin_was_acknowledged_is_the_applications() {
+        // `close` with unread data or SO_LINGER 0 after `shutdown`: a RST may follow, a TIME_WAIT does not.
+        for (old, by) in [(TcpState::Closing, ClosedBy::Both), (TcpState::LastAck, ClosedBy::Remote)] {
+            let early = with(|s| (s.old, s.first_end, s.all_acknowledged) = (old, by, false));
+            assert_eq!(ending(&early), Ending { closed_by: by, how: Some(How::Fin), fate: Fate::Ask });
+        }
+    }
+
+    #[test]
+    fn whatever_icmp_said_of_a_peer_that_did_not_answer_it_is_a_time_out() {
+        for sk_err in [13, 92, 100, 101, 111, 112, 113] {
+            let gone = with(|s| {
+                (s.old, s.first_end, s.fin_received, s.sk_err) = (TcpState::Established, ClosedBy::None, false, sk_err);
+            });
+            assert_eq!(ending(&gone), ended(ClosedBy::None, Some(How::Timeout), TimedOut, State), "{sk_err}");
+        }
+        // An attempt to connect ends at once when ICMP refuses it: that is no time-out.
+        let refused = with(|s| {
+            (s.old, s.first_end, s.fin_received, s.sk_err) = (TcpState::SynSent, ClosedBy::None, false, 113);
+        });
+        assert_eq!(ending(&refused), ended(ClosedBy::None, None, Closed, State));
+    }
+
+    #[test]
+    fn a_first_fin_from_before_the_start_has_no_known_time() {
+        let half_closed = with(|s| (s.end_ns, s.first_end, s.payload_ns) = (None, ClosedBy::Remote, Some(1)));
+        assert_eq!(idle_us(&half_closed), None);
+        let aborted =
+            with(|s| (s.at_ns, s.end_ns, s.first_end, s.payload_ns) = (5_000, None, ClosedBy::None, Some(1_000)));
+        assert_eq!(idle_us(&aborted), Some(4));
     }
 
     #[test]

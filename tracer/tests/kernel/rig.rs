@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,15 +21,28 @@ pub(crate) fn tracer() -> Command {
 }
 
 /// A port that nothing listens on, outside the range that the kernel takes ephemeral ports from.
+///
+/// Ports are taken from blocks; a block belongs to the process that listens on its first port, so that two runs of the
+/// tests on one host do not meet.
 pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Two runs of the tests at once start at different places.
-    let base = u16::try_from(std::process::id() % 90).expect("below 90") * 100;
+    const FIRST: u16 = 20_000;
+    const BLOCK: u16 = 100;
+    const BLOCKS: u16 = 100;
+    static OURS: Mutex<Vec<(TcpListener, u16)>> = Mutex::new(Vec::new());
+    let listen = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
+    let mut ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        let port = 20_000 + (base + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return port;
+        if let Some((_, next)) = ours.last_mut() {
+            while !next.is_multiple_of(BLOCK) {
+                let port = *next;
+                *next += 1;
+                if listen(port).is_ok() {
+                    return port;
+                }
+            }
         }
+        let block = (0..BLOCKS).map(|n| FIRST + n * BLOCK).find_map(|first| Some((listen(first).ok()?, first + 1)));
+        ours.push(block.expect("one of the blocks is free"));
     }
 }
 
