@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
-use tracer_ebpf::{first_end, flag, kind, role, unpack_state};
+use tracer_ebpf::{counter, first_end, flag, kind, role, unpack_state};
 
 use crate::conn::{self, Conn, HANDOVER, copy_words, mark};
 use crate::sock::{self, Sock, TimeWaitTable, tcp};
@@ -50,7 +50,9 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
         }
         let now = conn::now();
         let Some(conn) = conn::get_or_create(sk) else {
-            warn!(ctx, "no memory for the state of a socket: port {} to {}, state {} to {}", local, remote, old, new);
+            if conn::worth_a_warning(counter::UNTRACKED) {
+                warn!(ctx, "no memory to follow a socket: ports {} and {}, state {} to {}", local, remote, old, new);
+            }
             return;
         };
         if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {

@@ -144,6 +144,15 @@ pub(crate) fn count(index: u32) {
     }
 }
 
+/// Whether what is counted by [`count`] should be told on this CPU again: each time that it has doubled.
+#[inline(always)]
+pub(crate) fn worth_a_warning(index: u32) -> bool {
+    match COUNTERS.get(index) {
+        Some(count) => *count & count.wrapping_sub(1) == 0,
+        None => false,
+    }
+}
+
 /// The state of `sk`, if it has one.
 ///
 /// # Safety

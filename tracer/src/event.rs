@@ -443,6 +443,8 @@ pub struct Summary {
     pub time_wait: u64,
     /// Records lost.
     pub lost: u64,
+    /// Sockets that could not be followed, for want of kernel memory: their ends are not reported.
+    pub untracked: u64,
     /// Closes by process, `closed_by`, `cause` and peer address, largest first; at most 1,000.
     pub groups: Vec<Group>,
     /// Closes in groups that are not listed.

@@ -24,7 +24,7 @@ use crate::privileges;
 use crate::process::Processes;
 use crate::ring::{Ring, watch};
 use crate::sink::Sink;
-use crate::sink::summary::Summarizer;
+use crate::sink::summary::{Missed, Summarizer};
 use crate::time_wait::SockDiag;
 
 /// What to trace, and how to print it.
@@ -97,7 +97,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         time_wait: time_wait_sockets(),
         degraded,
     });
-    let mut losses = Losses { reported: 0, untracked: 0, since: Timestamp::now() };
+    let mut losses = Losses { missed: Missed::default(), since: Timestamp::now() };
     let mut loss_check = tokio::time::interval(LOSS_CHECK);
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let closed = stdout_closed();
@@ -152,8 +152,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
     connections.finish(now, &mut events);
     losses.check(&kernel, &mut events)?;
-    let lost = losses.reported;
-    writer.end(queue, events, lost).await?;
+    writer.end(queue, events, losses.missed).await?;
     outcome
 }
 
@@ -173,25 +172,25 @@ async fn until(at: Option<Instant>) {
 
 /// What the programs could not follow or write, as far as it has been reported.
 struct Losses {
-    reported: u64,
-    untracked: u64,
+    missed: Missed,
     since: Timestamp,
 }
 
 impl Losses {
     fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<()> {
         let Counters { lost, untracked } = kernel.counters()?;
-        if untracked > self.untracked {
+        let missed = &mut self.missed;
+        if untracked > missed.untracked {
             warn!(
                 "the kernel had no memory to follow {} sockets: their ends are not reported",
-                untracked - self.untracked
+                untracked - missed.untracked
             );
-            self.untracked = untracked;
+            missed.untracked = untracked;
         }
-        if lost > self.reported {
+        if lost > missed.lost {
             let time = Timestamp::now();
-            events.push(Event::Lost(Lost { time, records: lost - self.reported, since: self.since }));
-            self.reported = lost;
+            events.push(Event::Lost(Lost { time, records: lost - missed.lost, since: self.since }));
+            missed.lost = lost;
             self.since = time;
         }
         Ok(())
@@ -242,7 +241,7 @@ impl Writer {
     }
 
     /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
-    async fn end(self, queue: mpsc::Sender<Vec<Event>>, rest: Vec<Event>, lost: u64) -> Result<()> {
+    async fn end(self, queue: mpsc::Sender<Vec<Event>>, rest: Vec<Event>, missed: Missed) -> Result<()> {
         let began = self.began;
         let finish = tokio::task::spawn_blocking(move || {
             // Fails only where the writer has ended already, and says why below.
@@ -251,7 +250,7 @@ impl Writer {
             let (summary, mut sink, written) =
                 self.thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
             written?;
-            let summary = summary.finish(Timestamp::now(), began.elapsed(), lost);
+            let summary = summary.finish(Timestamp::now(), began.elapsed(), missed);
             write(&mut sink, &[Event::Summary(summary)], &mut Summarizer::new())
         });
         match tokio::time::timeout(GRACE, finish).await {

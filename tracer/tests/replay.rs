@@ -14,7 +14,7 @@ use tracer::connection::Connections;
 use tracer::decode::{NotARecord, decode};
 use tracer::event::{Cause, Close, Event, Lost, Start};
 use tracer::process::Processes;
-use tracer::sink::summary::Summarizer;
+use tracer::sink::summary::{Missed, Summarizer};
 use tracer::sink::{Json, Text};
 use tracer::time_wait::SockDiag;
 use tracer_ebpf::head::{bit, protocol, token};
@@ -443,12 +443,12 @@ fn lost_and_summary() {
     }
     let events = [
         Event::Lost(Lost { time: noon(), records: 17, since: noon() - jiff::SignedDuration::from_secs(61) }),
-        Event::Summary(summary.finish(noon(), Duration::from_millis(21_040), 17)),
-        Event::Summary(Summarizer::new().finish(noon(), Duration::from_secs(1), 0)),
+        Event::Summary(summary.finish(noon(), Duration::from_millis(21_040), Missed { lost: 17, untracked: 3 })),
+        Event::Summary(Summarizer::new().finish(noon(), Duration::from_secs(1), Missed::default())),
     ];
     insta::assert_snapshot!(print_text(&events), @r#"
     12:00:00 LOST 17 records since 11:58:59: as many lines are missing
-    12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost
+    12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost, 3 could not be followed
       CLOSES TIME_WAIT PROCESS          CLOSED CAUSE          PEER
           17        17 4200001/server   local  unknown        127.0.0.1
           16         0 4200002/client   remote no_reuse       127.0.0.1
@@ -463,7 +463,7 @@ fn lost_and_summary() {
           28 in other groups
     12:00:00 0 closed in 1.0 s, 0 of them left TIME_WAIT, 0 lost
     "#);
-    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"lost":0,"groups":[],"other_closes":0}"#);
+    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"lost":0,"untracked":0,"groups":[],"other_closes":0}"#);
 }
 
 #[test]
@@ -474,7 +474,7 @@ fn the_summary_is_bounded_and_counts_everything() {
         close.remote.set_ip(IpAddr::V4(peer.into()));
         summary.close(&close);
     }
-    let summary = summary.finish(noon(), Duration::from_secs(1), 0);
+    let summary = summary.finish(noon(), Duration::from_secs(1), Missed::default());
     assert_eq!((summary.closes, summary.time_wait), (20_000, 20_000));
     assert_eq!((summary.groups.len(), summary.other_closes), (1_000, 19_000));
     check(&print_text(&[Event::Summary(summary)]));

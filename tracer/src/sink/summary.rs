@@ -17,6 +17,15 @@ const COUNTED: usize = 10_000;
 /// Groups that are listed.
 const LISTED: usize = 1_000;
 
+/// What the summary cannot count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Missed {
+    /// Records lost.
+    pub lost: u64,
+    /// Sockets that could not be followed.
+    pub untracked: u64,
+}
+
 /// Counts closes.
 #[derive(Debug, Default)]
 pub struct Summarizer {
@@ -68,7 +77,7 @@ impl Summarizer {
     }
 
     /// Ends the counting.
-    pub fn finish(self, time: Timestamp, ran: Duration, lost: u64) -> Summary {
+    pub fn finish(self, time: Timestamp, ran: Duration, missed: Missed) -> Summary {
         let mut groups: Vec<Group> = self
             .groups
             .into_iter()
@@ -93,7 +102,8 @@ impl Summarizer {
             duration_s: ran.as_secs_f64(),
             closes: self.total.closes,
             time_wait: self.total.time_wait,
-            lost,
+            lost: missed.lost,
+            untracked: missed.untracked,
             other_closes: self.total.closes - listed,
             groups,
         }

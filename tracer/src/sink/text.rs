@@ -183,12 +183,16 @@ impl Text {
         self.time(summary.time);
         let line = &mut self.line;
         line.stop(column::PROCESS);
-        let Summary { duration_s, closes, time_wait, lost, groups, .. } = summary;
+        let Summary { duration_s, closes, time_wait, lost, untracked, groups, .. } = summary;
         line.style(HEADER, |line| {
             line.put(&format!("{closes} closed in {duration_s:.1} s, {time_wait} of them left TIME_WAIT"));
         });
         line.put(", ");
         line.style(if *lost > 0 { ALARM } else { Style::new() }, |line| line.put(&format!("{lost} lost")));
+        if *untracked > 0 {
+            line.put(", ");
+            line.style(ALARM, |line| line.put(&format!("{untracked} could not be followed")));
+        }
         line.end();
         if groups.is_empty() {
             return;
