@@ -20,10 +20,10 @@ pub(crate) fn tracer() -> Command {
     Command::new(env!("CARGO_BIN_EXE_tracer"))
 }
 
-/// A port that nothing listens on, outside the range that the kernel takes ephemeral ports from.
+/// A port for one test, outside the range that the kernel takes ephemeral ports from.
 ///
-/// Ports are taken from blocks; a block belongs to the process that listens on its first port, so that two runs of the
-/// tests on one host do not meet.
+/// Ports are taken from blocks that nobody else uses. A block belongs to the process that listens on its first port, so
+/// that two runs of the tests on one host do not meet.
 pub(crate) fn free_port() -> u16 {
     const FIRST: u16 = 20_000;
     const BLOCK: u16 = 100;
@@ -33,12 +33,10 @@ pub(crate) fn free_port() -> u16 {
     let mut ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         if let Some((_, next)) = ours.last_mut() {
-            while !next.is_multiple_of(BLOCK) {
-                let port = *next;
+            // Not tried out first: a child that another test forks in that moment would keep the port for a while.
+            if !next.is_multiple_of(BLOCK) {
                 *next += 1;
-                if listen(port).is_ok() {
-                    return port;
-                }
+                return *next - 1;
             }
         }
         let block = (0..BLOCKS).map(|n| FIRST + n * BLOCK).find_map(|first| Some((listen(first).ok()?, first + 1)));
