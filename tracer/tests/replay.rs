@@ -206,11 +206,11 @@ fn classic() -> [Record; 2] {
 fn the_classic_case_as_text() {
     let mut events = vec![start()];
     events.extend(replay(&classic(), false));
-    insta::assert_snapshot!(print_text(&events), @r#"
-    TIME     PROCESS          SOCKET                      CLOSED FINAL     WHY
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hello 200)
-    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     remote closed    client asked: Connection: close (GET /hello 200)
-    "#);
+    insta::assert_snapshot!(print_text(&events), @"
+    TIME     PROCESS            SOCKET                      CLOSED FINAL     WHY
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hel… 200)
+    12:00:00 4200002/client     :43210 > 127.0.0.1:8080     remote closed    client asked: Connection: close (GET /hel… 200)
+    ");
 }
 
 #[test]
@@ -292,25 +292,25 @@ fn every_cause_as_text() {
         assert_eq!(close.cause, cause);
         events.push(Event::Close(close));
     }
-    insta::assert_snapshot!(print_text(&events), @r#"
-    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     none   timed_out connection attempt timed out
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     remote reset     reset by peer (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  reset     closed with unread data or SO_LINGER 0
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait its process exited (GET /hello 200)
-    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     remote closed    opened but never used
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait tls
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait upgraded (GET /hello 101)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait h2
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait not_http
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait no answer to GET /hello
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server cut its response short (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server answered: Connection: close (GET /he… 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait HTTP/1.0 client, no keep-alive (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server's keep-alive time-out: idle 5.0 s
-    12:00:00 4200002/client   :43210 > 127.0.0.1:8080     remote closed    server closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait unknown (GET /hello 200)
-    "#);
+    insta::assert_snapshot!(print_text(&events), @"
+    12:00:00 4200002/client     :43210 > 127.0.0.1:8080     none   timed_out connection attempt timed out
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     remote reset     reset by peer (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  reset     closed with unread data or SO_LINGER 0
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait its process exited (GET /hello 200)
+    12:00:00 4200002/client     :43210 > 127.0.0.1:8080     remote closed    opened but never used
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait tls
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait upgraded (GET /hello 101)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait h2
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait not_http
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait no answer to GET /hello
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server cut its response short (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hel… 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server answered: Connection: close
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait HTTP/1.0 client, no keep-alive (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server's keep-alive time-out: idle 5.0 s
+    12:00:00 4200002/client     :43210 > 127.0.0.1:8080     remote closed    server closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait unknown (GET /hello 200)
+    ");
 }
 
 #[test]
@@ -357,22 +357,22 @@ fn lines_of_all_shapes() {
             r.http.flags |= bit::TARGET_TRUNCATED;
         }),
     ];
-    insta::assert_snapshot!(print_text(&replay(&records, false)), @r#"
-    12:00:00 4200001/server   :65535 < 255.255.255.255:65535 local time_wait server closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :8080 < [::1]:43210         local  time_wait server closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :65535 < [2001:db8:1111:2222:3333:4444:5555:6667]:65535 local time_wait server closed, nobody…
-    12:00:00 4200001/server   :80 < 10.0.0.2:43210        local  time_wait server closed, nobody asked (GET /hello 200)
-    12:00:00 unknown          :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked, by 4200002/helper
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server answered: Connection…, by 4200002/another…
-    12:00:00 4200001/a-name-… :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :8080 - 127.0.0.1:43210     local  time_wait? unknown
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     both   time_wait closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  unknown   server closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET xxxxxxxxxx… 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET yyyyyyyyy… 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /cut… 200)
-    "#);
+    insta::assert_snapshot!(print_text(&replay(&records, false)), @"
+    12:00:00 4200001/server     :65535 < 255.255.255.255:65535 local time_wait server closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :8080 < [::1]:43210         local  time_wait server closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :65535 < [2001:db8:1111:2222:3333:4444:5555:6667]:65535 local time_wait server closed, nobo…
+    12:00:00 4200001/server     :80 < 10.0.0.2:43210        local  time_wait server closed, nobody asked (GET /hello 200)
+    12:00:00 unknown            :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody a…, by 4200002/helper
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server answered: Connec…, by 4200002/another-p…
+    12:00:00 4200001/a-name-so… :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :8080 - 127.0.0.1:43210     local  time_wait? unknown
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     both   time_wait closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  unknown   server closed, nobody asked (GET /hello 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET xxxxxxxx… 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET yyyyyyy… 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /cut… 200)
+    ");
 }
 
 #[test]
@@ -390,10 +390,10 @@ fn hostile_bytes() {
         }),
     ];
     let events = replay(&records, false);
-    insta::assert_snapshot!(print_text(&events), @r#"
-    12:00:00 4200001/\x1b[2J… :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /\x1b]0;pw… 200)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait no answer to M\x1b[31m\x0d\x0a\x7f /\u{202e}gpj.…
-    "#);
+    insta::assert_snapshot!(print_text(&events), @r"
+    12:00:00 4200001/\x1b[2J…   :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /\x1b]0;… 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait no answer to M\x1b[31m\x0d\x0a\x7f /\u{202e}gp…
+    ");
     let json = print_json(&events);
     let targets: Vec<&str> = json
         .lines()
@@ -424,13 +424,13 @@ fn states_as_text() {
         at(&[3, ESTABLISHED, FIN_WAIT1, FIN_WAIT2], true),
         with(classic()[0], |r| set_states(r, &[3, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE])),
     ];
-    insta::assert_snapshot!(print_text(&replay(&records, true)), @r#"
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     -      SYN_RECV>ESTABLISHED +1 ms
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  ESTABLISHED>FIN_WAIT1 +1 ms (req close, resp close)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  FIN_WAIT1>FIN_WAIT2 +1 ms (req close, resp close)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  FIN_WAIT2>TIME_WAIT +1 ms (req close, resp close)
-    12:00:00 4200001/server   :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hello 200)
-    "#);
+    insta::assert_snapshot!(print_text(&replay(&records, true)), @"
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     -      SYN_RECV>ESTABLISHED +1 ms
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  ESTABLISHED>FIN_WAIT1 +1 ms (req close, resp close)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  FIN_WAIT1>FIN_WAIT2 +1 ms (req close, resp close)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  FIN_WAIT2>TIME_WAIT +1 ms (req close, resp close)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait client asked: Connection: close (GET /hel… 200)
+    ");
 }
 
 #[test]
@@ -446,23 +446,23 @@ fn lost_and_summary() {
         Event::Summary(summary.finish(noon(), Duration::from_millis(21_040), Missed { lost: 17, untracked: 3 })),
         Event::Summary(Summarizer::new().finish(noon(), Duration::from_secs(1), Missed::default())),
     ];
-    insta::assert_snapshot!(print_text(&events), @r#"
+    insta::assert_snapshot!(print_text(&events), @"
     12:00:00 LOST 17 records since 11:58:59: as many lines are missing
     12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost, 3 could not be followed
-      CLOSES TIME_WAIT PROCESS          CLOSED CAUSE          PEER
-          17        17 4200001/server   local  unknown        127.0.0.1
-          16         0 4200002/client   remote no_reuse       127.0.0.1
-          15        15 4200001/server   local  idle_timeout   127.0.0.1
-          14        14 4200001/server   local  http10         127.0.0.1
-          13        13 4200001/server   local  response_close 127.0.0.1
-          12        12 4200001/server   local  request_close  127.0.0.1
-          11        11 4200001/server   local  truncated      127.0.0.1
-          10        10 4200001/server   local  unanswered     127.0.0.1
-           9         9 4200001/server   local  not_http       127.0.0.1
-           8         8 4200001/server   local  h2             127.0.0.1
+      CLOSES TIME_WAIT PROCESS            CLOSED CAUSE          PEER
+          17        17 4200001/server     local  unknown        127.0.0.1
+          16         0 4200002/client     remote no_reuse       127.0.0.1
+          15        15 4200001/server     local  idle_timeout   127.0.0.1
+          14        14 4200001/server     local  http10         127.0.0.1
+          13        13 4200001/server     local  response_close 127.0.0.1
+          12        12 4200001/server     local  request_close  127.0.0.1
+          11        11 4200001/server     local  truncated      127.0.0.1
+          10        10 4200001/server     local  unanswered     127.0.0.1
+           9         9 4200001/server     local  not_http       127.0.0.1
+           8         8 4200001/server     local  h2             127.0.0.1
           28 in other groups
     12:00:00 0 closed in 1.0 s, 0 of them left TIME_WAIT, 0 lost
-    "#);
+    ");
     insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"lost":0,"untracked":0,"groups":[],"other_closes":0}"#);
 }
 

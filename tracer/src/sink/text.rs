@@ -23,10 +23,10 @@ pub const WIDTH: usize = 120;
 /// Where the columns begin.
 mod column {
     pub(super) const PROCESS: usize = 9;
-    pub(super) const SOCKET: usize = 26;
-    pub(super) const CLOSED: usize = 54;
-    pub(super) const FINAL: usize = 61;
-    pub(super) const WHY: usize = 71;
+    pub(super) const SOCKET: usize = 28;
+    pub(super) const CLOSED: usize = 56;
+    pub(super) const FINAL: usize = 63;
+    pub(super) const WHY: usize = 73;
 }
 
 /// The widest process: a longer name is cut.
@@ -198,7 +198,7 @@ impl Text {
             return;
         }
         line.style(HEADER, |line| {
-            line.put("  CLOSES TIME_WAIT PROCESS          CLOSED CAUSE          PEER");
+            line.put("  CLOSES TIME_WAIT PROCESS            CLOSED CAUSE          PEER");
         });
         line.end();
         for group in groups.iter().take(GROUPS) {
