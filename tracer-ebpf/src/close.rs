@@ -50,7 +50,11 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
         }
         let now = conn::now();
         let Some(conn) = conn::get_or_create(sk) else {
-            if conn::worth_a_warning(counter::UNTRACKED) {
+            // Counted once in the life of a socket.
+            if new == tcp::CLOSE {
+                conn::count(counter::UNTRACKED);
+            }
+            if new == tcp::CLOSE && conn::worth_a_warning(counter::UNTRACKED) {
                 warn!(ctx, "no memory to follow a socket: ports {} and {}, state {} to {}", local, remote, old, new);
             }
             return;
@@ -80,6 +84,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
                 conn.flags &= !(flag::RST_SENT | flag::RST_RECEIVED);
                 conn.first_end = first_end::NONE;
                 conn.end_ns = 0;
+                conn.rst_seen = 0;
             }
             if let Some(rcv_nxt) = sock::rcv_nxt(sk) {
                 traffic::established(conn, rcv_nxt);
@@ -95,7 +100,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             tcp::FIN_WAIT2 => conn.first_end(first_end::LOCAL, now),
             // Our FIN left before the peer's was processed, and the peer's does not acknowledge it. (Where ours still waits
             // to be sent, the peer's was first.)
-            tcp::CLOSING if conn.flags & flag::FIN_SENT != 0 => conn.first_end = first_end::BOTH,
+            tcp::CLOSING if conn.flags & flag::FIN_SENT != 0 || conn.older != 0 => conn.first_end = first_end::BOTH,
             _ => {}
         }
         if new == tcp::CLOSE {

@@ -14,7 +14,7 @@ use tracer_ebpf::{Record, STATES, TICK_NS, Task, counter, filter, flag, pack_sta
 
 use crate::sock;
 
-/// Bits of [`Conn::marks`]: what only the programs need to know. Changed only where the socket is locked.
+/// Bits of [`Conn::marks`]: what only the programs need to know. Never changed by ingress.
 pub(crate) mod mark {
     /// The owner is one of the processes asked for.
     pub(crate) const OWNER_ASKED: u8 = 1 << 0;
@@ -28,9 +28,10 @@ pub(crate) mod mark {
 
 /// What is known of one socket. Times are `bpf_ktime_get_ns`.
 ///
-/// Tracepoints and egress run where the socket is locked, ingress does not, and may run on another CPU at the same time.
-/// So ingress writes only what nobody else does (`rst_seen`, its [`Http`] stream) or what is set once and may be late by a
-/// moment (`ready`, `first_end`, `payload_ns`).
+/// Tracepoints and egress run where the socket is locked; ingress and the walk over open files do not, and may run on
+/// another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`, its own `payload_end` and
+/// stream of [`Http`]) or single words whose last writer may win (`payload_ns`, `end_ns`, `first_end`); the first sight of
+/// a socket, from wherever, is one program's alone (`ready`); and the walk writes `owner` only while nobody has.
 #[repr(C)]
 pub(crate) struct Conn {
     pub(crate) cookie: u64,
@@ -47,14 +48,16 @@ pub(crate) struct Conn {
     pub(crate) handed_len: u32,
     /// Sequence number after the last new payload byte, for each direction; 0: none yet.
     pub(crate) payload_end: [u32; 2],
+    /// 1: a first sight initialises this, or has.
+    pub(crate) ready: u32,
     pub(crate) role: u8,
     pub(crate) first_end: u8,
     pub(crate) owner_source: u8,
     /// [`mark`] bits.
     pub(crate) marks: u8,
     pub(crate) states_len: u8,
-    /// Not 0: a first sight has initialised this.
-    pub(crate) ready: u8,
+    /// Not 0: older than the programs ([`flag::STARTED_BEFORE`]).
+    pub(crate) older: u8,
     /// Not 0: a RST segment arrived; whether TCP accepted it, `tcp_receive_reset` tells.
     pub(crate) rst_seen: u8,
     pub(crate) _pad: u8,
@@ -75,7 +78,7 @@ pub(crate) struct Handover {
 /// The ring buffer's size: some 20,000 records, twice what this machine's class can close in 100 ms.
 const RING_BYTES: usize = 8 << 20;
 /// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
-const WAKEUP_INTERVAL_NS: u64 = 5_000_000;
+const WAKEUP_INTERVAL_NS: i64 = 5_000_000;
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
@@ -173,7 +176,7 @@ pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
 #[inline(always)]
 pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
     // SAFETY: as in `get`.
-    let conn = unsafe {
+    unsafe {
         bpf_sk_storage_get(
             (&raw const SOCKETS).cast_mut().cast(),
             sk,
@@ -182,11 +185,7 @@ pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> 
         )
         .cast::<Conn>()
         .as_mut()
-    };
-    if conn.is_none() {
-        count(counter::UNTRACKED);
     }
-    conn
 }
 
 /// Forgets the state of `sk`, if it has one.
@@ -272,7 +271,7 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
         copy_words::<STATES>((&raw mut (*record).states).cast(), (&raw const conn.states).cast());
         copy_words::<4>((&raw mut (*record).owner).cast(), (&raw const conn.owner).cast());
         copy_words::<4>((&raw mut (*record).closer).cast(), (&raw const conn.closer).cast());
-        (*record).flags = conn.flags;
+        (*record).flags = conn.flags | if conn.older != 0 { flag::STARTED_BEFORE } else { 0 };
         (*record).kind = kind;
         (*record).old_state = old as u8;
         (*record).new_state = new as u8;
@@ -292,9 +291,10 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
 #[inline(always)]
 fn wakeup(now: u64) -> u64 {
     let Some(last) = LAST_WAKEUP.get_ptr_mut(0) else { return 0 };
-    // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice.
+    // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice. Another CPU may have
+    // stored a later time than ours: that is a moment ago, too.
     unsafe {
-        if now.wrapping_sub(last.read_volatile()) < WAKEUP_INTERVAL_NS {
+        if (now.wrapping_sub(last.read_volatile()) as i64) < WAKEUP_INTERVAL_NS {
             return u64::from(BPF_RB_NO_WAKEUP);
         }
         last.write_volatile(now);

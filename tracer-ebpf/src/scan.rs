@@ -52,7 +52,7 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
 
 /// Sets a word, atomically: what it was. (The target has no 32-bit atomics but in assembly.)
 #[inline(always)]
-unsafe fn exchange(word: *mut u32, value: u32) -> u32 {
+pub(crate) unsafe fn exchange(word: *mut u32, value: u32) -> u32 {
     let mut value = value;
     // SAFETY: an exchange of a register and the word, which the caller vouches for.
     unsafe { core::arch::asm!("{0} = xchg32_32({1} + 0, {0})", inout(wreg) value, in(reg) word, options(nostack)) };

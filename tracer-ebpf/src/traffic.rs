@@ -143,6 +143,10 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         if conn.ready == 0 {
             first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, now);
         }
+        if DIRECTION == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 {
+            // TCP did not take that RST.
+            conn.rst_seen = 0;
+        }
         if segment.len != 0 {
             active::<DIRECTION>(conn, &segment, now);
             scan::scan::<DIRECTION>(skb, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
@@ -239,7 +243,10 @@ pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32) {
 /// inherits it.
 #[inline(always)]
 pub(crate) fn first_sight(conn: &mut Conn, cookie: u64, state: i32, now: u64) {
-    conn.ready = 1;
+    // SAFETY: an aligned word of `conn`.
+    if unsafe { scan::exchange(&raw mut conn.ready, 1) } != 0 {
+        return;
+    }
     conn.cookie = cookie;
     conn.http.full_target = u8::from(sock::config_full_target());
     match state {
@@ -247,7 +254,7 @@ pub(crate) fn first_sight(conn: &mut Conn, cookie: u64, state: i32, now: u64) {
         tcp::SYN_SENT => conn.role = role::CLIENT,
         tcp::SYN_RECV => {}
         _ => {
-            conn.flags |= flag::STARTED_BEFORE;
+            conn.older = 1;
             conn.established_ns = now;
             head::mid_stream(&mut conn.http);
             // Whose FIN came first is told by the state, when it came is not.

@@ -21,8 +21,12 @@ const HELD: usize = 8192;
 const QUESTIONS: usize = 256;
 /// The first question after the one at the end of the socket; each later one waits twice as long, up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(10);
-/// A TIME_WAIT socket lives for 60 s, so it is not missed.
+/// How long a TIME_WAIT socket lives (`TCP_TIMEWAIT_LEN`).
+const TIME_WAIT: Duration = Duration::from_secs(60);
+/// Well within [`TIME_WAIT`], so that none is missed.
 const SLOWEST: Duration = Duration::from_secs(1);
+/// How long the last questions may take.
+const FINISH: Duration = Duration::from_secs(1);
 /// How long a foreign network namespace is held without need.
 const RELEASE: Duration = Duration::from_secs(1);
 /// How late a mini-socket's timer may fire, and still be the reason that it is gone.
@@ -64,8 +68,10 @@ struct Held {
     pause: Duration,
     /// Until when its FIN_WAIT2 mini-socket lives, if one was seen.
     deadline: Option<Instant>,
-    /// Nothing was left of it at the first question.
-    gone_at_once: bool,
+    /// When it was last asked for.
+    seen: Instant,
+    /// The first question found nothing, and is repeated once a RST that followed the end would have been told.
+    awaits_reset: bool,
 }
 
 /// Joins facts into events.
@@ -115,7 +121,8 @@ impl Connections {
     fn ended(&mut self, socket: Box<Socket>, now: Instant, out: &mut Vec<Event>) {
         let ending = verdict::ending(&socket);
         let close = Box::new(self.close(&socket, &ending));
-        let held = Held { socket, ending, close, next: now, pause: FIRST, deadline: None, gone_at_once: false };
+        let held =
+            Held { socket, ending, close, next: now, pause: FIRST, deadline: None, seen: now, awaits_reset: false };
         match held.ending.fate {
             Fate::Known(fate, source) => self.settle(held, fate, source, out),
             Fate::Ask => self.ask(held, now, out),
@@ -135,13 +142,16 @@ impl Connections {
         match answer {
             Answer::FinWait2(left) => {
                 held.deadline = Some(now + left);
+                held.seen = now;
                 held.next = now + held.pause;
                 held.pause = (held.pause * 2).min(self.slowest());
                 self.hold(held, out);
             }
-            Answer::Gone if held.deadline.is_none() && !held.socket.fin_received && !held.gone_at_once => {
+            Answer::Gone | Answer::Unknown
+                if held.deadline.is_none() && !held.awaits_reset && may_reset(&held.socket) =>
+            {
                 // `close` with unread data sends its RST after the socket's end: that record may be on its way.
-                held.gone_at_once = true;
+                held.awaits_reset = true;
                 held.next = now + FIRST;
                 self.hold(held, out);
             }
@@ -165,7 +175,7 @@ impl Connections {
             && let Some(oldest) = self.held.pop_front()
         {
             // It can still become TIME_WAIT.
-            let fate = if oldest.gone_at_once { Final::Unknown } else { Final::FinWait2 };
+            let fate = if oldest.awaits_reset { Final::Unknown } else { Final::FinWait2 };
             self.settle(oldest, fate, FinalSource::Inferred, out);
         }
         self.held.push_back(held);
@@ -202,9 +212,17 @@ impl Connections {
 
     /// Reports all that is held back as it stands: tracing ends.
     pub fn finish(&mut self, now: Instant, out: &mut Vec<Event>) {
-        for held in std::mem::take(&mut self.held) {
-            let answer = self.sock_diag.ask(&question(&held.socket));
-            self.answered(held, answer, now, out);
+        let mut held = Vec::from(std::mem::take(&mut self.held));
+        // Namespace by namespace: each is entered once.
+        held.sort_by_key(|held| held.socket.netns);
+        let until = Instant::now() + FINISH;
+        for held in held {
+            if Instant::now() < until {
+                let answer = self.sock_diag.ask(&question(&held.socket));
+                self.answered(held, answer, now, out);
+            } else {
+                self.settle(held, Final::Unknown, FinalSource::Inferred, out);
+            }
         }
     }
 
@@ -334,17 +352,24 @@ fn question(socket: &Socket) -> Question {
     }
 }
 
+/// Whether a RST may have followed the end: not where both FINs were acknowledged.
+fn may_reset(socket: &Socket) -> bool {
+    !socket.fin_received || matches!(socket.old, TcpState::LastAck | TcpState::Closing)
+}
+
 /// What it means that nothing is left.
 fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
     match held.deadline {
+        // Nobody asked for so long that a TIME_WAIT may have come and gone.
+        Some(_) if now.duration_since(held.seen) >= TIME_WAIT / 2 => (Final::Unknown, FinalSource::Inferred),
         // Its time-out has passed. Had the FIN come, it would be TIME_WAIT for another minute.
         Some(deadline) if now + TIMER_SLACK >= deadline => (Final::FinWait2, FinalSource::SockDiag),
         // It went before its time, and not by a FIN: mini-sockets are deleted by a RST. No hook sees that.
         Some(_) => (Final::Reset, FinalSource::Inferred),
+        // An orphan that the kernel gave up, or an end by the application: no RST followed.
+        None if may_reset(&held.socket) && held.socket.old != TcpState::FinWait2 => (Final::Closed, FinalSource::State),
         // The FIN had come, so it would be there if there had been room for it.
         None if held.socket.fin_received => (Final::Closed, FinalSource::SockDiag),
-        // An orphan that the kernel gave up, or an end by the application: no RST followed.
-        None if held.socket.old != TcpState::FinWait2 => (Final::Closed, FinalSource::State),
         // It was never seen: a RST within moments, or no memory for it.
         None => (Final::Unknown, FinalSource::SockDiag),
     }

@@ -17,20 +17,6 @@ pub type Named = (u32, u64);
 /// # Errors
 /// The first of `pids` that does not exist.
 pub fn of(pids: &[u32]) -> Result<Vec<Named>, u32> {
-    // Read until two walks agree: a child that is forked during one is found by the next, and one that is forked after
-    // the programs are attached is found by them.
-    let mut found = walk(pids)?;
-    for _ in 0..4 {
-        let again = walk(pids)?;
-        if again == found {
-            break;
-        }
-        found = again;
-    }
-    Ok(found)
-}
-
-fn walk(pids: &[u32]) -> Result<Vec<Named>, u32> {
     let processes: HashMap<u32, Stat> = fs::read_dir("/proc")
         .into_iter()
         .flatten()

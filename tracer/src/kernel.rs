@@ -3,6 +3,7 @@
 //! Of user space only this and `ring` know aya. Everything is held by file descriptors of this process, nothing is
 //! pinned: when the process ends, however it ends, the kernel detaches and frees all of it.
 
+use std::collections::HashSet;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -103,9 +104,7 @@ impl Kernel {
             tracepoint(&mut ebpf, name, &btf)?;
             hooks.push(format!("tp_btf/{name}"));
         }
-        // After the hook on forks: a child that was born before it is found here, one that is born later there.
-        let pids = descendants::of(&ask.pids).map_err(Refusal::no_such_process)?;
-        fill(&mut ebpf, "PIDS", &pids)?;
+        follow(&mut ebpf, &ask.pids)?;
         for (name, direction) in [("ingress", CgroupSkbAttachType::Ingress), ("egress", CgroupSkbAttachType::Egress)] {
             let program: &mut CgroupSkb = program(&mut ebpf, name)?.try_into()?;
             program.load().with_context(|| format!("the kernel refused program cgroup_skb/{name}"))?;
@@ -155,6 +154,21 @@ fn fill<K: aya::Pod, V: aya::Pod>(ebpf: &mut Ebpf, name: &str, entries: &[(K, V)
     let mut map = HashMap::<_, K, V>::try_from(map)?;
     for (key, value) in entries {
         map.insert(key, value, 0).with_context(|| format!("{} entries are too many for map {name}", entries.len()))?;
+    }
+    Ok(())
+}
+
+/// Enters processes and their descendants. The hook on forks, which is attached already, adds the children of those that
+/// are entered; so walks are made until one finds nobody who was not: then no child was born in between.
+fn follow(ebpf: &mut Ebpf, pids: &[u32]) -> Result<()> {
+    let mut known = HashSet::new();
+    for _ in 0..100 {
+        let found = descendants::of(pids).map_err(Refusal::no_such_process)?;
+        let new: Vec<_> = found.into_iter().filter(|process| known.insert(*process)).collect();
+        if new.is_empty() {
+            break;
+        }
+        fill(ebpf, "PIDS", &new)?;
     }
     Ok(())
 }

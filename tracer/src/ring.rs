@@ -11,6 +11,7 @@ use std::time::Duration;
 use aya::maps::{MapData, RingBuf};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 
 /// Between two looks; more than the 5 ms within which the programs do not wake again.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -28,10 +29,8 @@ pub(crate) fn watch<T: AsFd + AsRawFd>(fd: T, interest: Interest) -> io::Result<
 /// The reading end.
 pub struct Ring {
     ring: AsyncFd<RingBuf<MapData>>,
-    /// Something may come without a wake-up: look again after [`PAUSE`].
-    look_again: bool,
-    /// The last look left records behind.
-    more: bool,
+    /// Something may come without a wake-up: look again then.
+    look_at: Option<Instant>,
 }
 
 impl Ring {
@@ -40,23 +39,20 @@ impl Ring {
     /// # Errors
     /// The buffer's descriptor cannot be waited for.
     pub fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
-        Ok(Self { ring: watch(ring, Interest::READABLE)?, look_again: true, more: false })
+        Ok(Self { ring: watch(ring, Interest::READABLE)?, look_at: Some(Instant::now()) })
     }
 
-    /// Waits until there may be records. May be dropped and called again at any time.
+    /// Waits until there may be records. May be dropped and called again at any time: that delays nothing.
     ///
     /// # Errors
     /// Waiting failed.
     pub async fn ready(&mut self) -> io::Result<()> {
-        if self.more {
-            return Ok(());
-        }
-        if self.look_again {
-            tokio::time::sleep(PAUSE).await;
-            self.look_again = false;
+        if let Some(at) = self.look_at {
+            tokio::time::sleep_until(at).await;
+            self.look_at = None;
         } else {
             self.ring.readable().await?.clear_ready();
-            self.look_again = true;
+            self.look_at = Some(Instant::now() + PAUSE);
         }
         Ok(())
     }
@@ -71,8 +67,10 @@ impl Ring {
             record(&item);
             count += 1;
         }
-        self.look_again |= count > 0;
-        self.more = count == most;
+        if count > 0 {
+            // At once if some may be left.
+            self.look_at = Some(if count == most { Instant::now() } else { Instant::now() + PAUSE });
+        }
         count
     }
 }

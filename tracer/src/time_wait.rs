@@ -2,8 +2,8 @@
 //!
 //! What comes in: the 4-tuple, cookie and network namespace of a socket that has ended. What goes out: the state of the
 //! mini-socket that it left. The mini-socket keeps the socket's cookie and the kernel compares it, so another connection
-//! on the same 4-tuple is never mistaken for this one. It changes nothing, and holds a foreign namespace only while a
-//! look-up in it is pending.
+//! on the same 4-tuple is never mistaken for this one. It changes nothing, and lets go of a foreign namespace about a
+//! second after the last connection there is settled.
 
 use std::collections::HashMap;
 use std::fs::{self, File};

@@ -10,6 +10,9 @@ use crate::event::{Cause, Close, ClosedBy, Connection, Final, FinalSource, How, 
 
 /// Values of `sk_err` that say how a socket ended.
 mod errno {
+    /// What ICMP can say of a peer (`icmp_err_convert`, `icmpv6_err_convert`): `EACCES`, `ENONET`, `EPROTO`, `EMSGSIZE`,
+    /// `ENOPROTOOPT`, `EOPNOTSUPP`, `ENETDOWN`, `ENETUNREACH`, `ECONNREFUSED`, `EHOSTDOWN`, `EHOSTUNREACH`.
+    pub(super) const BY_ICMP: [u16; 11] = [13, 64, 71, 90, 92, 95, 100, 101, 111, 112, 113];
     pub(super) const EPIPE: u16 = 32;
     pub(super) const ECONNABORTED: u16 = 103;
     pub(super) const ECONNRESET: u16 = 104;
@@ -61,6 +64,12 @@ pub fn ending(socket: &Socket) -> Ending {
             let fallback = if socket.old == TcpState::Closing { ClosedBy::Both } else { ClosedBy::Local };
             Ending { closed_by: first_end_or(socket, fallback), how: Some(How::Fin), fate: time_wait(socket) }
         }
+        // Likewise in the other role.
+        TcpState::LastAck if socket.all_acknowledged && !aborted(socket) && !timed_out(socket) => Ending {
+            closed_by: first_end_or(socket, ClosedBy::Remote),
+            how: Some(How::Fin),
+            fate: Fate::Known(Final::Closed, FinalSource::State),
+        },
         _ if timed_out(socket) || given_up(socket) => Ending {
             closed_by: socket.first_end,
             how: Some(How::Timeout),
@@ -68,11 +77,6 @@ pub fn ending(socket: &Socket) -> Ending {
         },
         _ if socket.rst_sent => by_reset(socket, ClosedBy::Local),
         _ if aborted(socket) => without_segment(socket),
-        TcpState::LastAck if socket.all_acknowledged => Ending {
-            closed_by: first_end_or(socket, ClosedBy::Remote),
-            how: Some(How::Fin),
-            fate: Fate::Known(Final::Closed, FinalSource::State),
-        },
         // Not by the ACK of our FIN, but by the application: `close` with unread data or SO_LINGER 0 after `shutdown`. If
         // it sends a RST, then right after the transition.
         TcpState::LastAck | TcpState::Closing => {
@@ -106,16 +110,15 @@ const fn timed_out(socket: &Socket) -> bool {
     socket.sk_err == errno::ETIMEDOUT
 }
 
-/// Likewise: when a connection is given up, the kernel prefers what ICMP last said of the peer (unreachable, refused by a
-/// firewall, …) to `ETIMEDOUT`. Before it is established, ICMP ends it at once. In FIN_WAIT2 nothing of ours is on the way:
+/// Likewise: when a connection is given up, the kernel prefers what ICMP last said of the peer to `ETIMEDOUT`. Before it is established, ICMP ends it at once. In FIN_WAIT2 nothing of ours is on the way:
 /// there only a keep-alive probe can fail, and that sends a RST.
 fn given_up(socket: &Socket) -> bool {
-    let said = !matches!(socket.sk_err, 0 | errno::ECONNRESET | errno::EPIPE | errno::ECONNABORTED);
-    said && match socket.old {
-        TcpState::SynSent => false,
-        TcpState::FinWait2 => socket.rst_sent,
-        _ => true,
-    }
+    errno::BY_ICMP.contains(&socket.sk_err)
+        && match socket.old {
+            TcpState::SynSent => false,
+            TcpState::FinWait2 => socket.rst_sent,
+            _ => true,
+        }
 }
 
 /// `tcp_abort` (`ss -K`).

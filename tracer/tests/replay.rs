@@ -12,7 +12,7 @@ use jiff::tz::TimeZone;
 use proptest::prelude::*;
 use tracer::connection::Connections;
 use tracer::decode::{NotARecord, decode};
-use tracer::event::{Cause, Close, Event, Lost, Start};
+use tracer::event::{Cause, Close, Event, Final, How, Lost, Start};
 use tracer::process::Processes;
 use tracer::sink::summary::{Missed, Summarizer};
 use tracer::sink::{Json, Text};
@@ -368,10 +368,10 @@ fn lines_of_all_shapes() {
     12:00:00 4200001/a-name-so… :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /hello 200)
     12:00:00 4200001/server     :8080 - 127.0.0.1:43210     local  time_wait? unknown
     12:00:00 4200001/server     :8080 < 127.0.0.1:43210     both   time_wait closed, nobody asked (GET /hello 200)
-    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  unknown   server closed, nobody asked (GET /hello 200)
     12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET xxxxxxxx… 200)
     12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET yyyyyyy… 200)
     12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  time_wait server closed, nobody asked (GET /cut… 200)
+    12:00:00 4200001/server     :8080 < 127.0.0.1:43210     local  unknown   server closed, nobody asked (GET /hello 200)
     ");
 }
 
@@ -578,5 +578,28 @@ proptest! {
         for line in json.lines() {
             prop_assert!(serde_json::from_str::<serde_json::Value>(line).is_ok());
         }
+    }
+}
+
+/// `close` with unread data ends the socket first and sends the RST then: two records, one connection.
+#[test]
+fn a_reset_that_follows_the_end_belongs_to_it() {
+    let ends = [
+        (FIN_WAIT2, first_end::LOCAL, flag::FIN_SENT | flag::IN_PROCESS),
+        (FIN_WAIT1, first_end::LOCAL, flag::FIN_SENT),
+        (LAST_ACK, first_end::REMOTE, flag::FIN_SENT | flag::FIN_RECEIVED | flag::IN_PROCESS),
+        (CLOSING, first_end::BOTH, flag::FIN_SENT | flag::FIN_RECEIVED | flag::IN_PROCESS),
+    ];
+    for (old, first, flags) in ends {
+        let end = with(server(), |r| (r.old_state, r.first_end, r.flags) = (old, first, flags));
+        let reset = with(end, |r| r.kind = kind::RESET_AFTER_CLOSE);
+        let other = with(reset, |r| r.cookie += 1);
+        let of = |records: &[Record]| match replay(records, false).pop() {
+            Some(Event::Close(close)) => (close.how, close.fate, close.cause),
+            other => panic!("{other:?} is no close"),
+        };
+        assert_eq!(of(&[end, reset]), (Some(How::Rst), Final::Reset, Cause::ResetByLocal), "{old}");
+        assert_ne!(of(&[end, other]).1, Final::Reset, "another socket's reset: {old}");
+        assert_ne!(of(&[end]).1, Final::TimeWait, "{old}");
     }
 }
