@@ -149,7 +149,6 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         }
         if segment.len != 0 {
             active::<DIRECTION>(conn, &segment, now);
-            scan::scan::<DIRECTION>(skb, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
         }
         if segment.flags & (FIN | RST) != 0 {
             if DIRECTION == INGRESS {
@@ -157,6 +156,10 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
             } else {
                 end_leaves(conn, &segment, now);
             }
+        }
+        // Last: the verifier follows all that comes behind it once for each of the many ways through it.
+        if segment.len != 0 {
+            scan::scan::<DIRECTION>(skb, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
         }
     }
 }
