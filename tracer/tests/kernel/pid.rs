@@ -123,3 +123,30 @@ fn a_descendant_that_is_born_later() {
     let run = tracer.stop();
     assert_eq!(run.closes().len(), 1, "the server's end is another process's");
 }
+
+#[test]
+fn only_processes_of_a_name() {
+    let listener = Listener::new();
+    // Longer than the kernel keeps: both sides cut it to 15 bytes.
+    let name = format!("named-{}-and-longer-than-that", std::process::id());
+    let tracer = Tracer::start(&["--comm", &name]);
+    let script = format!(
+        "import socket\n\
+         open('/proc/self/comm', 'w').write('{name}')\n\
+         s = socket.create_connection(('127.0.0.1', {}))\n\
+         s.sendall({:?}.encode())\n\
+         while s.recv(4096): pass\n",
+        listener.port,
+        get("Connection: close\r\n"),
+    );
+    let mut client = crate::rig::Guard(Command::new("python3").args(["-c", &script]).spawn().expect("Python starts"));
+    let (mut server, port) = listener.accept();
+    std::io::Read::read_exact(&mut server, &mut vec![0; get("Connection: close\r\n").len()]).expect("the client asks");
+    std::io::Write::write_all(&mut server, ok("").as_bytes()).expect("it is open");
+    drop(server);
+    assert!(client.wait().success());
+    let close = tracer.wait_for_close(port, listener.port);
+    expect(&close, &json!({ "process": { "comm": name[..15], "pid": client.id() }, "cause": "request_close" }));
+    let run = tracer.stop();
+    assert_eq!(run.closes().len(), 1, "the server's end is another process's");
+}
