@@ -75,7 +75,7 @@ pub(crate) struct Handover {
     pub(crate) http: Http,
 }
 
-/// The ring buffer's size: some 20,000 records, twice what this machine's class can close in 100 ms.
+/// The ring buffer's size: some 20,000 records, between two looks of the reader.
 const RING_BYTES: usize = 8 << 20;
 /// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
 const WAKEUP_INTERVAL_NS: i64 = 5_000_000;
