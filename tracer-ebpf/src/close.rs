@@ -53,9 +53,9 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             // Counted once in the life of a socket.
             if new == tcp::CLOSE {
                 conn::count(counter::UNTRACKED);
-            }
-            if new == tcp::CLOSE && conn::worth_a_warning(counter::UNTRACKED) {
-                warn!(ctx, "no memory to follow a socket: ports {} and {}, state {} to {}", local, remote, old, new);
+                if conn::worth_a_warning(counter::UNTRACKED) {
+                    warn!(ctx, "no memory to follow a socket: ports {} and {}, closed in state {}", local, remote, old);
+                }
             }
             return;
         };

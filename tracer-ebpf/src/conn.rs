@@ -162,11 +162,8 @@ pub(crate) fn worth_a_warning(index: u32) -> bool {
 /// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
 #[inline(always)]
 pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
-    // SAFETY: by the caller's word; the helper answers NULL or a value that lives until the program ends. A program on
-    // another CPU may hold it, too: `Conn` says who writes what.
-    unsafe {
-        bpf_sk_storage_get((&raw const SOCKETS).cast_mut().cast(), sk, core::ptr::null_mut(), 0).cast::<Conn>().as_mut()
-    }
+    // SAFETY: by the caller's word.
+    unsafe { storage(sk, 0) }
 }
 
 /// The state of `sk`, made now if it had none.
@@ -175,17 +172,18 @@ pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
 /// As for [`get`].
 #[inline(always)]
 pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
-    // SAFETY: as in `get`.
-    unsafe {
-        bpf_sk_storage_get(
-            (&raw const SOCKETS).cast_mut().cast(),
-            sk,
-            core::ptr::null_mut(),
-            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
-        )
-        .cast::<Conn>()
-        .as_mut()
-    }
+    // SAFETY: by the caller's word.
+    unsafe { storage(sk, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) }
+}
+
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+unsafe fn storage<'a>(sk: *mut c_void, flags: u64) -> Option<&'a mut Conn> {
+    let map = (&raw const SOCKETS).cast_mut().cast();
+    // SAFETY: by the caller's word; the helper answers NULL or a value that lives until the program ends. A program on
+    // another CPU may hold it, too: `Conn` says who writes what.
+    unsafe { bpf_sk_storage_get(map, sk, core::ptr::null_mut(), flags).cast::<Conn>().as_mut() }
 }
 
 /// Forgets the state of `sk`, if it has one.

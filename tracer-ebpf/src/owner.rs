@@ -222,10 +222,9 @@ extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
         if sock::process(task, &raw mut found) != Who::Process {
             return 0;
         }
-        if conn.owner_source == source::NONE {
-            own(conn, &found, source::OPEN_FILES);
-        } else if conn.owner_source == source::OPEN_FILES && conn::pid_asked(&found) {
-            // Shared by several processes; the one that was asked for holds it as well.
+        // One that several processes share goes to the one that was asked for, if it is among them.
+        let known = conn.owner_source;
+        if known == source::NONE || (known == source::OPEN_FILES && conn::pid_asked(&found)) {
             own(conn, &found, source::OPEN_FILES);
         }
     }

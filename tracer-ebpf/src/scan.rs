@@ -13,6 +13,8 @@ use aya_ebpf::{
 };
 use tracer_ebpf::head::{self, Http};
 
+use crate::conn::clear_words;
+
 /// What one step of the loop is given.
 #[repr(C)]
 struct Context {
@@ -71,10 +73,7 @@ unsafe fn run<const D: usize>(skb: *mut __sk_buff, payload_at: u32, http: &mut H
         (*context).payload_at = payload_at;
         (*context).finished = 0;
         let window = (&raw mut (*context).window).cast::<u64>();
-        macro_rules! zero {
-            ($($i:literal)*) => { $(window.add($i).write_volatile(0);)* };
-        }
-        zero!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
+        clear_words::<{ head::WINDOW_WORDS }>(window);
         bpf_loop(head::MAX_STEPS, step::<D> as *mut c_void, context.cast(), 0);
         let finished = (&raw const (*context).finished).read_volatile() != 0;
         head::leave::<D>(http, finished);

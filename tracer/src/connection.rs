@@ -42,20 +42,22 @@ pub struct Clock {
 impl Clock {
     /// Reads both clocks.
     pub fn now() -> Self {
-        let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let since = SignedDuration::new(monotonic.tv_sec, i32::try_from(monotonic.tv_nsec).unwrap_or(0));
-        Self::new(Timestamp::now(), since)
+        Self::new(Timestamp::now(), monotonic_ns())
     }
 
-    fn new(now: Timestamp, since: SignedDuration) -> Self {
-        Self { epoch: now.checked_sub(since).unwrap_or(Timestamp::UNIX_EPOCH) }
+    /// `now` is the date of the moment `at_ns`.
+    fn new(now: Timestamp, at_ns: u64) -> Self {
+        Self { epoch: now.checked_sub(since_boot(at_ns)).unwrap_or(Timestamp::UNIX_EPOCH) }
     }
 
     /// The date of a moment of `CLOCK_MONOTONIC`.
     pub fn date(self, at_ns: u64) -> Timestamp {
-        let since = SignedDuration::from_nanos(i64::try_from(at_ns).unwrap_or(i64::MAX));
-        self.epoch.checked_add(since).unwrap_or(Timestamp::MAX)
+        self.epoch.checked_add(since_boot(at_ns)).unwrap_or(Timestamp::MAX)
     }
+}
+
+fn since_boot(at_ns: u64) -> SignedDuration {
+    SignedDuration::from_nanos(i64::try_from(at_ns).unwrap_or(i64::MAX))
 }
 
 /// A connection that is held back.
@@ -243,9 +245,9 @@ impl Connections {
             last.state = new;
             if deadline.is_some() {
                 // It was FIN_WAIT2 when it was asked for before: the FIN came since then.
-                let waited = i64::try_from(monotonic_ns().saturating_sub(at_ns) / 1000).unwrap_or(i64::MAX);
-                last.at_us = last.at_us.saturating_add(waited);
-                at_ns = monotonic_ns();
+                let found_ns = monotonic_ns();
+                last.at_us = last.at_us.saturating_add(micros_between(at_ns, found_ns));
+                at_ns = found_ns;
             }
         }
         if self.states {
@@ -382,7 +384,7 @@ mod tests {
     #[test]
     fn dates_are_exact_to_the_nanosecond() {
         let now: Timestamp = "2026-01-02T03:04:05.000000006Z".parse().expect("a date");
-        let clock = Clock::new(now, SignedDuration::new(100, 5));
+        let clock = Clock::new(now, 100_000_000_005);
         assert_eq!(clock.date(100_000_000_005), now);
         assert_eq!(clock.date(0).to_string(), "2026-01-02T03:02:25.000000001Z");
     }

@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
 
 use crate::process;
 
@@ -23,7 +22,7 @@ pub fn of(pids: &[u32]) -> Result<Vec<Named>, u32> {
         .flatten()
         .filter_map(|entry| {
             let pid = entry.file_name().to_str()?.parse().ok()?;
-            Some((pid, stat(pid).ok()?))
+            Some((pid, stat(pid)?))
         })
         .collect();
     closure(&processes, pids)
@@ -36,9 +35,9 @@ struct Stat {
     start: u64,
 }
 
-fn stat(pid: u32) -> io::Result<Stat> {
-    let text = fs::read(format!("/proc/{pid}/stat"))?;
-    parse(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not the stat of a process"))
+/// `None`: it has ended.
+fn stat(pid: u32) -> Option<Stat> {
+    parse(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
 fn parse(stat: &[u8]) -> Option<Stat> {

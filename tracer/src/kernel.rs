@@ -54,10 +54,11 @@ pub struct Kernel {
     pub hooks: Vec<String>,
 }
 
-/// Tracepoints and the programs of the same name, in an order that misses nothing: a socket's first transition must
-/// find the hooks that complete it attached.
-const TRACEPOINTS: [&str; 5] =
-    ["tcp_receive_reset", "tcp_send_reset", "tcp_rcv_space_adjust", "sched_process_exit", "inet_sock_set_state"];
+/// Tracepoints, and the programs of the same name.
+const TRACEPOINTS: [&str; 4] = ["tcp_receive_reset", "tcp_send_reset", "tcp_rcv_space_adjust", "sched_process_exit"];
+
+/// The last one to be attached: a socket's first transition must find the hooks that complete it.
+const TRANSITIONS: &str = "inet_sock_set_state";
 
 /// Only with `--pid`: its descendants.
 const PID_TRACEPOINTS: [&str; 2] = ["sched_process_fork", "sched_process_free"];
@@ -100,7 +101,7 @@ impl Kernel {
 
         let mut hooks = Vec::new();
         let pid_tracepoints = if ask.pids.is_empty() { &[] } else { PID_TRACEPOINTS.as_slice() };
-        for name in pid_tracepoints.iter().chain(&TRACEPOINTS[..4]) {
+        for name in pid_tracepoints.iter().chain(&TRACEPOINTS) {
             tracepoint(&mut ebpf, name, &btf)?;
             hooks.push(format!("tp_btf/{name}"));
         }
@@ -113,8 +114,8 @@ impl Kernel {
                 .with_context(|| format!("cannot attach cgroup_skb/{name} to the cgroup-v2 root"))?;
             hooks.push(format!("cgroup_skb/{name}"));
         }
-        tracepoint(&mut ebpf, TRACEPOINTS[4], &btf)?;
-        hooks.push(format!("tp_btf/{}", TRACEPOINTS[4]));
+        tracepoint(&mut ebpf, TRANSITIONS, &btf)?;
+        hooks.push(format!("tp_btf/{TRANSITIONS}"));
 
         walk_open_files(&mut ebpf, &btf)?;
         hooks.push("iter/task_file".to_owned());

@@ -32,7 +32,51 @@ impl Types {
     /// # Errors
     /// The kernel lacks a member that is needed.
     pub fn offsets(&self) -> Result<Offsets> {
-        offsets(self)
+        let optional = |holder: &str, path: &str| self.member(holder, path).unwrap_or(LACKING);
+        let offset = |holder: &str, path: &str| self.member(holder, path);
+        // 6.0 counts references, that is one more than sockets; before, sockets. From 5.19 to 6.0 the table is not embedded.
+        let (tw_count, tw_count_bias) = match self.member("net", "ipv4.tcp_death_row.tw_refcount") {
+            Ok(offset) => (offset, 1),
+            Err(_) => (optional("net", "ipv4.tcp_death_row.tw_count"), 0),
+        };
+        Ok(Offsets {
+            skc_family: offset("sock", "__sk_common.skc_family")?,
+            skc_state: offset("sock", "__sk_common.skc_state")?,
+            skc_daddr: offset("sock", "__sk_common.skc_daddr")?,
+            skc_rcv_saddr: offset("sock", "__sk_common.skc_rcv_saddr")?,
+            skc_dport: offset("sock", "__sk_common.skc_dport")?,
+            skc_v6_daddr: optional("sock", "__sk_common.skc_v6_daddr"),
+            skc_v6_rcv_saddr: optional("sock", "__sk_common.skc_v6_rcv_saddr"),
+            skc_net: offset("sock", "__sk_common.skc_net.net")?,
+            skc_bound_dev_if: offset("sock", "__sk_common.skc_bound_dev_if")?,
+            skc_flags: offset("sock", "__sk_common.skc_flags")?,
+            sk_protocol: offset("sock", "sk_protocol")?,
+            sk_err: offset("sock", "sk_err")?,
+            sk_lock_owned: offset("sock", "sk_lock.owned")?,
+            inet_sport: offset("inet_sock", "inet_sport")?,
+            rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
+            snd_una: offset("tcp_sock", "snd_una")?,
+            write_seq: offset("tcp_sock", "write_seq")?,
+            bytes_received: offset("tcp_sock", "bytes_received")?,
+            bytes_sent: offset("tcp_sock", "bytes_sent")?,
+            bytes_retrans: offset("tcp_sock", "bytes_retrans")?,
+            net_inum: offset("net", "ns.inum")?,
+            tw_count,
+            tw_count_bias,
+            max_tw_buckets: optional("net", "ipv4.tcp_death_row.sysctl_max_tw_buckets"),
+            group_leader: offset("task_struct", "group_leader")?,
+            tgid: offset("task_struct", "tgid")?,
+            pid: offset("task_struct", "pid")?,
+            task_flags: offset("task_struct", "flags")?,
+            start_boottime: offset("task_struct", "start_boottime")?,
+            comm: offset("task_struct", "comm")?,
+            cred: offset("task_struct", "cred")?,
+            cred_uid: offset("cred", "uid")?,
+            signal: offset("task_struct", "signal")?,
+            signal_live: offset("signal_struct", "live")?,
+            socket_sk: offset("socket", "sk")?,
+            sock_done: self.enumerator("sock_flags", "SOCK_DONE")?,
+        })
     }
 
     /// Of the BPF helpers `names` (`BPF_FUNC_…`), those that this kernel has.
@@ -53,54 +97,6 @@ impl Types {
         }
         Ok(Vec::new())
     }
-}
-
-fn offsets(kernel: &Types) -> Result<Offsets> {
-    let optional = |holder: &str, path: &str| kernel.member(holder, path).unwrap_or(LACKING);
-    let offset = |holder: &str, path: &str| kernel.member(holder, path);
-    // 6.0 counts references, that is one more than sockets; before, sockets. From 5.19 to 6.0 the table is not embedded.
-    let (tw_count, tw_count_bias) = match kernel.member("net", "ipv4.tcp_death_row.tw_refcount") {
-        Ok(offset) => (offset, 1),
-        Err(_) => (optional("net", "ipv4.tcp_death_row.tw_count"), 0),
-    };
-    Ok(Offsets {
-        skc_family: offset("sock", "__sk_common.skc_family")?,
-        skc_state: offset("sock", "__sk_common.skc_state")?,
-        skc_daddr: offset("sock", "__sk_common.skc_daddr")?,
-        skc_rcv_saddr: offset("sock", "__sk_common.skc_rcv_saddr")?,
-        skc_dport: offset("sock", "__sk_common.skc_dport")?,
-        skc_v6_daddr: optional("sock", "__sk_common.skc_v6_daddr"),
-        skc_v6_rcv_saddr: optional("sock", "__sk_common.skc_v6_rcv_saddr"),
-        skc_net: offset("sock", "__sk_common.skc_net.net")?,
-        skc_bound_dev_if: offset("sock", "__sk_common.skc_bound_dev_if")?,
-        skc_flags: offset("sock", "__sk_common.skc_flags")?,
-        sk_protocol: offset("sock", "sk_protocol")?,
-        sk_err: offset("sock", "sk_err")?,
-        sk_lock_owned: offset("sock", "sk_lock.owned")?,
-        inet_sport: offset("inet_sock", "inet_sport")?,
-        rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
-        snd_una: offset("tcp_sock", "snd_una")?,
-        write_seq: offset("tcp_sock", "write_seq")?,
-        bytes_received: offset("tcp_sock", "bytes_received")?,
-        bytes_sent: offset("tcp_sock", "bytes_sent")?,
-        bytes_retrans: offset("tcp_sock", "bytes_retrans")?,
-        net_inum: offset("net", "ns.inum")?,
-        tw_count,
-        tw_count_bias,
-        max_tw_buckets: optional("net", "ipv4.tcp_death_row.sysctl_max_tw_buckets"),
-        group_leader: offset("task_struct", "group_leader")?,
-        tgid: offset("task_struct", "tgid")?,
-        pid: offset("task_struct", "pid")?,
-        task_flags: offset("task_struct", "flags")?,
-        start_boottime: offset("task_struct", "start_boottime")?,
-        comm: offset("task_struct", "comm")?,
-        cred: offset("task_struct", "cred")?,
-        cred_uid: offset("cred", "uid")?,
-        signal: offset("task_struct", "signal")?,
-        signal_live: offset("signal_struct", "live")?,
-        socket_sk: offset("socket", "sk")?,
-        sock_done: kernel.enumerator("sock_flags", "SOCK_DONE")?,
-    })
 }
 
 impl Types {

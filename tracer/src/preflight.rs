@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use caps::{CapSet, Capability};
 use rustix::fs::{Mode, OFlags, openat};
+use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
 use tracer_ebpf::Offsets;
@@ -155,7 +156,7 @@ fn kernel() -> Result<Offsets, Refusal> {
 }
 
 /// The state of kernel lockdown, for the explanation of a refusal; `None` where the kernel has none.
-pub fn lockdown() -> Option<String> {
+fn lockdown() -> Option<String> {
     let modes = fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
     let (_, rest) = modes.split_once('[')?;
     let (mode, _) = rest.split_once(']')?;
@@ -169,8 +170,10 @@ pub fn explain(error: anyhow::Error) -> Refusal {
         Err(error) => error,
     };
     let denied = error.chain().any(|cause| {
-        let text = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-        matches!(text, Some(code) if code == rustix::io::Errno::PERM.raw_os_error() || code == rustix::io::Errno::ACCESS.raw_os_error() )
+        cause
+            .downcast_ref::<std::io::Error>()
+            .and_then(Errno::from_io_error)
+            .is_some_and(|errno| matches!(errno, Errno::PERM | Errno::ACCESS))
     });
     let verifier = error.chain().any(|cause| cause.to_string().contains("processed "));
     let release = kernel_release();
@@ -189,7 +192,7 @@ pub fn explain(error: anyhow::Error) -> Refusal {
 
 /// Whether process ids here are the host's: the initial pid namespace has a fixed inode number
 /// (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
-pub fn in_initial_pid_namespace() -> bool {
+fn in_initial_pid_namespace() -> bool {
     fs::metadata("/proc/self/ns/pid").is_ok_and(|meta| meta.ino() == 0xEFFF_FFFC)
 }
 
