@@ -1,57 +1,16 @@
 //! Other network namespaces: seen without being asked for, and asked in the right place.
 
-use std::fs::File;
 use std::net::TcpStream;
-use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::json;
 
-use crate::rig::{Listener, Pair, Tracer, expect, get, is_socket, ok, port_of, run};
-
-/// A network namespace of its own with a loopback device, deleted at the end.
-struct Namespace {
-    name: String,
-}
-
-impl Namespace {
-    fn new(of: &str) -> Self {
-        let name = format!("tracer-{of}-{}", std::process::id());
-        let namespace = Self { name };
-        run(Command::new("ip").args(["netns", "add", &namespace.name]));
-        run(Command::new("ip").args(["-n", &namespace.name, "link", "set", "lo", "up"]));
-        namespace
-    }
-
-    fn file(&self) -> File {
-        File::open(format!("/run/netns/{}", self.name)).expect("it exists")
-    }
-
-    /// Runs `inside` in a thread that is in the namespace.
-    fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
-        let file = self.file();
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                let network = Some(LinkNameSpaceType::Network);
-                move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), network).expect("we are root");
-                inside()
-            });
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-    }
-}
+use crate::rig::{Listener, Namespace, Pair, Tracer, expect, get, is_socket, ok, port_of, run};
 
 #[test]
 fn a_half_close_in_another_namespace() {
     let namespace = Namespace::new("half");
-    let inode = namespace.file().metadata().expect("it is a file").ino();
+    let inode = namespace.inode();
     // The sockets stay in their namespace, wherever they are used.
     let listener = namespace.enter(Listener::new);
     let tracer = Tracer::start(&["--states", "--port", &listener.port.to_string()]);
@@ -185,7 +144,7 @@ fn the_same_ports_in_two_namespaces() {
         drop(server);
     });
     for (namespace, cause) in [(&one, "request_close"), (&two, "unused")] {
-        let inode = namespace.file().metadata().expect("it is a file").ino();
+        let inode = namespace.inode();
         let closes = tracer.wait_for_closes(2, |close| close["netns"] == inode);
         for close in &closes {
             expect(close, &json!({ "cause": cause }));

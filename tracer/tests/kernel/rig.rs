@@ -1,14 +1,18 @@
 //! What the tests stand on: a running tracer whose events can be waited for, pairs of sockets, and comparing records.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 
 /// Longest wait for anything that must happen.
@@ -96,6 +100,49 @@ impl Drop for Guard {
         // It may have ended by itself.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// A network namespace of its own with a loopback device, deleted at the end.
+pub(crate) struct Namespace {
+    pub(crate) name: String,
+}
+
+impl Namespace {
+    pub(crate) fn new(of: &str) -> Self {
+        let name = format!("tracer-{of}-{}", std::process::id());
+        let namespace = Self { name };
+        run(Command::new("ip").args(["netns", "add", &namespace.name]));
+        run(Command::new("ip").args(["-n", &namespace.name, "link", "set", "lo", "up"]));
+        namespace
+    }
+
+    fn file(&self) -> File {
+        File::open(format!("/run/netns/{}", self.name)).expect("it exists")
+    }
+
+    /// Its inode number, as records name it.
+    pub(crate) fn inode(&self) -> u64 {
+        self.file().metadata().expect("it is a file").ino()
+    }
+
+    /// Runs `inside` in a thread that is in the namespace.
+    pub(crate) fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
+        let file = self.file();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                let network = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(file.as_fd(), network).expect("we are root");
+                inside()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
 }
 
