@@ -60,7 +60,8 @@ pub(crate) struct Conn {
     pub(crate) older: u8,
     /// Not 0: a RST segment arrived; whether TCP accepted it, `tcp_receive_reset` tells.
     pub(crate) rst_seen: u8,
-    pub(crate) _pad: u8,
+    /// Not 0: that it stays in CLOSE_WAIT was told. Only the walk over all sockets changes this.
+    pub(crate) close_wait_told: u8,
     pub(crate) http: Http,
 }
 
@@ -244,23 +245,23 @@ fn passes(conn: &Conn) -> bool {
     filters & filter::COMM == 0 || COMMS.get_ptr(conn.owner.comm).is_some() || COMMS.get_ptr(conn.closer.comm).is_some()
 }
 
-/// Writes one record.
+/// Writes one record, if the filters let it pass; answers whether it was written.
 ///
 /// # Safety
 /// `sk` is a BTF pointer to a full TCP `struct sock`.
 #[inline(always)]
-pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) {
+pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) -> bool {
     if !passes(conn) {
-        return;
+        return false;
     }
     let Some(mut entry) = RING.reserve(0) else {
         count(counter::LOST);
-        return;
+        return false;
     };
     let record = entry.as_mut_ptr();
     // SAFETY: every member of the reserved record is written; `conn` and `sk` are valid by the caller's word.
     unsafe {
-        sock::describe(sk, conn.flags & flag::FIN_RECEIVED != 0, record);
+        sock::describe(sk, record);
         (*record).at_ns = at_ns;
         (*record).cookie = conn.cookie;
         (*record).established_ns = conn.established_ns;
@@ -283,6 +284,7 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
         );
     }
     entry.submit(wakeup(now()));
+    true
 }
 
 /// Whether the reader must be woken: not if that happened a moment ago. A wake-up costs more than all else here.

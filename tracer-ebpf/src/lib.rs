@@ -29,6 +29,9 @@ pub mod kind {
     pub const STATE: u8 = 2;
     /// This end sent a RST after its socket had already reached `TCP_CLOSE` and its [`CLOSE`] record was written.
     pub const RESET_AFTER_CLOSE: u8 = 3;
+    /// A socket has been in `TCP_CLOSE_WAIT` for [`Config::close_wait_ns`](crate::Config): its peer has closed, its process
+    /// has not. Once for each socket.
+    pub const CLOSE_WAIT: u8 = 4;
 }
 
 /// Which end opened the connection.
@@ -285,6 +288,8 @@ pub mod filter {
 wire! {
     /// What the command line asks of the programs; a frozen global.
     pub struct Config {
+        /// How long a socket may be in `TCP_CLOSE_WAIT` before it is reported, nanoseconds.
+        pub close_wait_ns: u64,
         /// [`filter`] bits.
         pub filters: u32,
         /// Not 0: a record for every transition.

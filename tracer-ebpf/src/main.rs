@@ -8,6 +8,7 @@
 #![feature(asm_experimental_arch)]
 
 mod close;
+mod close_wait;
 mod conn;
 mod owner;
 mod scan;

@@ -19,11 +19,11 @@ pub(crate) static OFFSETS: Offsets = {
 
 /// See [`Config`]; overridden before the load.
 #[unsafe(no_mangle)]
-static CONFIG: Config = Config { filters: 0, states: 0, full_target: 0, _pad: 0 };
+static CONFIG: Config = Config { close_wait_ns: 0, filters: 0, states: 0, full_target: 0, _pad: 0 };
 
 /// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
 #[inline(always)]
-pub(crate) fn frozen(member: &u32) -> u32 {
+pub(crate) fn frozen<T: Copy>(member: &T) -> T {
     // SAFETY: a reference can be read.
     unsafe { core::ptr::read_volatile(member) }
 }
@@ -58,6 +58,12 @@ pub(crate) fn config_states() -> bool {
 #[inline(always)]
 pub(crate) fn config_full_target() -> bool {
     frozen(&CONFIG.full_target) != 0
+}
+
+/// How long a socket may be in CLOSE_WAIT before it is reported, nanoseconds.
+#[inline(always)]
+pub(crate) fn config_close_wait_ns() -> u64 {
+    frozen(&CONFIG.close_wait_ns)
 }
 
 /// `struct sock *`, a BTF pointer.
@@ -212,7 +218,7 @@ pub(crate) unsafe fn time_wait_table(sk: Sock) -> TimeWaitTable {
 /// # Safety
 /// As for [`is_tcp`]; `record` may be written.
 #[inline(always)]
-pub(crate) unsafe fn describe(sk: Sock, fin_received: bool, record: *mut Record) {
+pub(crate) unsafe fn describe(sk: Sock, record: *mut Record) {
     // SAFETY: by the caller's word; every store is to a member of `record`.
     unsafe {
         let (local, remote) = ((&raw mut (*record).local).cast::<u64>(), (&raw mut (*record).remote).cast::<u64>());
@@ -243,7 +249,7 @@ pub(crate) unsafe fn describe(sk: Sock, fin_received: bool, record: *mut Record)
             (*record).local_port = u16::from_be(load!(tp, inet_sport, u16));
             // The FIN takes a sequence number, and `bytes_received` counts those.
             let received = load!(tp, bytes_received, u64);
-            (*record).rx_bytes = received.wrapping_sub(u64::from(fin_received && received != 0));
+            (*record).rx_bytes = received.wrapping_sub(u64::from(received != 0 && fin_processed(sk)));
             (*record).tx_bytes = load!(tp, bytes_sent, u64).wrapping_sub(load!(tp, bytes_retrans, u64));
         }
     }

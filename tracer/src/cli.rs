@@ -102,6 +102,9 @@ pub struct Run {
     /// End after this time: 10s, 500ms, 1m, 1h, or a number of seconds
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub duration: Option<Duration>,
+    /// Report a connection that its process has not closed so long after its peer did
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "60s")]
+    pub close_wait_after: Duration,
     /// Show the query string of targets, too; it may hold secrets
     #[arg(long)]
     pub full_target: bool,
@@ -203,12 +206,15 @@ mod tests {
             "nginx",
             "--duration",
             "10s",
+            "--close-wait-after",
+            "5s",
             "--full-target",
             "--demo",
         ])
         .expect("options");
         assert!(run.json && run.states && run.full_target && run.demo);
         assert_eq!(run.duration, Some(Duration::from_secs(10)));
+        assert_eq!(run.close_wait_after, Duration::from_secs(5));
         assert_eq!(run.filters(), ["--pid 1", "--pid 77", "--port 80", "--port 65535", "--comm nginx"]);
     }
 

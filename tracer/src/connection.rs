@@ -107,6 +107,12 @@ impl Connections {
                 out.push(event);
             }
             Fact::Ended(socket) => self.ended(socket, now, out),
+            Fact::CloseWait(socket) => {
+                let ending = verdict::half_closed(&socket);
+                let mut close = self.close(&socket, &ending);
+                close.cause = verdict::cause(&socket, &ending);
+                out.push(Event::CloseWait(Box::new(close)));
+            }
             Fact::ResetAfterEnd { cookie } => {
                 // Only a connection whose end is open can be changed by this; of the others the RST was foreseen.
                 if let Some(at) = self.held.iter().position(|held| held.socket.cookie == cookie)
@@ -232,8 +238,8 @@ impl Connections {
     fn settle(&mut self, held: Held, fate: Final, fate_source: FinalSource, out: &mut Vec<Event>) {
         let Held { socket, ending, mut close, deadline, .. } = held;
         close.how = ending.how;
-        close.fate = fate;
-        close.fate_source = fate_source;
+        close.fate = Some(fate);
+        close.fate_source = Some(fate_source);
         close.cause = verdict::cause(&socket, &ending);
         let mut at_ns = socket.at_ns;
         let mut new = socket.new;
@@ -275,8 +281,8 @@ impl Connections {
             closed_by: ending.closed_by,
             closer,
             how: ending.how,
-            fate: Final::Unknown,
-            fate_source: FinalSource::Inferred,
+            fate: None,
+            fate_source: None,
             states: socket
                 .states
                 .iter()

@@ -17,6 +17,8 @@ pub enum Fact {
     Ended(Box<Socket>),
     /// A socket changed its state otherwise.
     Changed(Box<Socket>),
+    /// A socket's peer closed long ago, its process has not.
+    CloseWait(Box<Socket>),
     /// A socket that had already ended sent a RST.
     ResetAfterEnd {
         /// Its cookie.
@@ -156,6 +158,7 @@ pub fn decode(bytes: &[u8]) -> Result<Fact, NotARecord> {
     match record.kind {
         kind::CLOSE => Ok(Fact::Ended(Box::new(socket(&record)?))),
         kind::STATE => Ok(Fact::Changed(Box::new(socket(&record)?))),
+        kind::CLOSE_WAIT => Ok(Fact::CloseWait(Box::new(socket(&record)?))),
         kind::RESET_AFTER_CLOSE => Ok(Fact::ResetAfterEnd { cookie: record.cookie }),
         other => Err(NotARecord::Kind(other)),
     }

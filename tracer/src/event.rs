@@ -16,6 +16,8 @@ pub enum Event {
     Start(Start),
     /// One for each TCP socket that closed.
     Close(Box<Close>),
+    /// One for each TCP socket whose peer has closed and whose process has not, for `--close-wait-after`.
+    CloseWait(Box<Close>),
     /// With `--states`, one for each transition.
     State(Box<State>),
     /// Whenever records were lost since the last such line.
@@ -338,7 +340,8 @@ pub enum Cause {
     Unknown,
 }
 
-/// One closed TCP socket.
+/// One closed TCP socket; as [`Event::CloseWait`] one that is still half open, and then `time` is now and `cause` is why
+/// the peer closed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Close {
     /// When the socket ended.
@@ -363,12 +366,12 @@ pub struct Close {
     pub closer: Option<Process>,
     /// How it ended; `null` if neither FIN, RST nor time-out ended it.
     pub how: Option<How>,
-    /// What is left of it.
-    #[serde(rename = "final")]
-    pub fate: Final,
+    /// What is left of it; `None` if it has not ended.
+    #[serde(rename = "final", skip_serializing_if = "Option::is_none")]
+    pub fate: Option<Final>,
     /// How that is known.
-    #[serde(rename = "final_source")]
-    pub fate_source: FinalSource,
+    #[serde(rename = "final_source", skip_serializing_if = "Option::is_none")]
+    pub fate_source: Option<FinalSource>,
     /// The transitions.
     pub states: Vec<StateAt>,
     /// Since ESTABLISHED, or since first sight; microseconds. 0 if it never was established.
@@ -441,6 +444,8 @@ pub struct Summary {
     pub closes: u64,
     /// Of them, those whose `final` is `time_wait`.
     pub time_wait: u64,
+    /// `close_wait` lines written.
+    pub close_wait: u64,
     /// Records lost.
     pub lost: u64,
     /// Sockets that could not be followed, for want of kernel memory: their ends are not reported.

@@ -49,6 +49,7 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
             comms: arguments.comm.iter().map(|comm| comm.0).collect(),
             states: arguments.states,
             full_target: arguments.full_target,
+            close_wait_after: arguments.close_wait_after,
         },
         duration: arguments.duration,
         sink,

@@ -74,6 +74,10 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     let mut ring = Ring::new(ring)?;
     let mut programs_log = watch(programs_log, Interest::READABLE)?;
     let mut degraded = host.degraded;
+    for missing in kernel.degraded.drain(..) {
+        warn!("{missing}");
+        degraded.push(missing);
+    }
     let mut sock_diag = SockDiag::new()?;
     if let Err(error) = sock_diag.probe() {
         let missing = format!(
@@ -100,6 +104,8 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     let mut losses = Losses { missed: Missed::default(), since: Timestamp::now() };
     let mut loss_check = tokio::time::interval(LOSS_CHECK);
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut close_wait_check = tokio::time::interval(close_wait_period(options.ask.close_wait_after));
+    close_wait_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let closed = stdout_closed();
     tokio::pin!(closed);
     let end = async {
@@ -138,6 +144,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
             _ = loss_check.tick(), if !full => {
                 losses.check(&kernel, &mut events)?;
             }
+            _ = close_wait_check.tick(), if !full => kernel.look_for_close_wait()?,
             guard = programs_log.readable_mut() => {
                 let mut guard = guard?;
                 guard.get_inner_mut().flush();
@@ -154,6 +161,12 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     losses.check(&kernel, &mut events)?;
     writer.end(queue, events, losses.missed).await?;
     outcome
+}
+
+/// How often all sockets are looked at, if those are wanted that have been in CLOSE_WAIT for `after`: so that they are
+/// not reported much later, and yet a host with very many sockets does not notice.
+fn close_wait_period(after: Duration) -> Duration {
+    (after / 10).clamp(Duration::from_millis(100), Duration::from_secs(5))
 }
 
 /// Moves a batch of records on; answers how many there were.
@@ -270,8 +283,10 @@ impl Writer {
 fn write(sink: &mut Sink, events: &[Event], summary: &mut Summarizer) -> io::Result<()> {
     let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
     for event in events {
-        if let Event::Close(close) = event {
-            summary.close(close);
+        match event {
+            Event::Close(close) => summary.close(close),
+            Event::CloseWait(_) => summary.close_wait(),
+            _ => {}
         }
         sink.event(event, &mut out)?;
     }

@@ -99,6 +99,11 @@ pub fn ending(socket: &Socket) -> Ending {
     }
 }
 
+/// A socket in CLOSE_WAIT, which has not ended: its peer has.
+pub fn half_closed(socket: &Socket) -> Ending {
+    Ending { closed_by: first_end_or(socket, ClosedBy::Remote), how: None, fate: Fate::Ask }
+}
+
 /// A RST came in. The error alone proves it, too, unless this end answered data after its `close`: then the kernel runs
 /// the same function to send one.
 fn reset_arrived(socket: &Socket) -> bool {

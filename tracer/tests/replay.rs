@@ -149,7 +149,7 @@ fn replay(records: &[Record], states: bool) -> Vec<Event> {
     connections.finish(now, &mut events);
     for event in &mut events {
         match event {
-            Event::Close(close) => close.time = noon(),
+            Event::Close(close) | Event::CloseWait(close) => close.time = noon(),
             Event::State(state) => state.time = noon(),
             _ => {}
         }
@@ -441,6 +441,7 @@ fn lost_and_summary() {
             summary.close(&close(&record));
         }
     }
+    summary.close_wait();
     let events = [
         Event::Lost(Lost { time: noon(), records: 17, since: noon() - jiff::SignedDuration::from_secs(61) }),
         Event::Summary(summary.finish(noon(), Duration::from_millis(21_040), Missed { lost: 17, untracked: 3 })),
@@ -448,7 +449,7 @@ fn lost_and_summary() {
     ];
     insta::assert_snapshot!(print_text(&events), @"
     12:00:00 LOST 17 records since 11:58:59: as many lines are missing
-    12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost, 3 could not be followed
+    12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost, 1 stuck in CLOSE_WAIT, 3 could not be followed
       CLOSES TIME_WAIT PROCESS            CLOSED CAUSE          PEER
           17        17 4200001/server     local  unknown        127.0.0.1
           16         0 4200002/client     remote no_reuse       127.0.0.1
@@ -463,7 +464,22 @@ fn lost_and_summary() {
           28 in other groups
     12:00:00 0 closed in 1.0 s, 0 of them left TIME_WAIT, 0 lost
     ");
-    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"lost":0,"untracked":0,"groups":[],"other_closes":0}"#);
+    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"close_wait":0,"lost":0,"untracked":0,"groups":[],"other_closes":0}"#);
+}
+
+#[test]
+fn a_socket_that_its_process_does_not_close() {
+    let leak = with(server(), |record| {
+        record.kind = kind::CLOSE_WAIT;
+        record.first_end = first_end::REMOTE;
+        record.closer = Task::NONE;
+        set_states(record, &[ESTABLISHED, CLOSE_WAIT, CLOSE_WAIT]);
+        record.states[2] = 0;
+        record.at_ns = BEGAN + 60_100 * MS;
+    });
+    let events = replay(&[leak], true);
+    insta::assert_snapshot!(print_text(&events), @"12:00:00 4200001/server     :8080 < 127.0.0.1:43210     remote close_wait not closed here for 60.0 s (GET /hello 200)\n");
+    insta::assert_snapshot!(print_json(&events).trim_end(), @r#"{"type":"close_wait","time":"2026-01-02T12:00:00.123456789Z","cookie":4711,"netns":0,"family":"ipv4","local":"127.0.0.1:8080","remote":"127.0.0.1:43210","role":"server","process":{"pid":4200001,"comm":"server","exe":null,"uid":1000,"cgroup":null,"container":null,"source":"read"},"closed_by":"remote","closer":null,"how":null,"states":[{"state":"ESTABLISHED","at_us":0},{"state":"CLOSE_WAIT","at_us":1000}],"duration_us":60100000,"started_before":false,"idle_us":500,"rx_bytes":78,"tx_bytes":152,"protocol":"http/1.1","http":{"requests":1,"responses":1,"method":"GET","target":"/hello","target_truncated":false,"status":200,"request_version":"1.1","response_version":"1.1","request_connection":"absent","response_connection":"absent","keep_alive_timeout_s":null,"keep_alive_max":null,"answered":true},"cause":"no_reuse"}"#);
 }
 
 #[test]
@@ -595,7 +611,7 @@ fn a_reset_that_follows_the_end_belongs_to_it() {
         let reset = with(end, |r| r.kind = kind::RESET_AFTER_CLOSE);
         let other = with(reset, |r| r.cookie += 1);
         let of = |records: &[Record]| match replay(records, false).pop() {
-            Some(Event::Close(close)) => (close.how, close.fate, close.cause),
+            Some(Event::Close(close)) => (close.how, close.fate.expect("it has ended"), close.cause),
             other => panic!("{other:?} is no close"),
         };
         assert_eq!(of(&[end, reset]), (Some(How::Rst), Final::Reset, Cause::ResetByLocal), "{old}");

@@ -31,6 +31,7 @@ pub struct Missed {
 pub struct Summarizer {
     groups: HashMap<Key, Count>,
     total: Count,
+    close_wait: u64,
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -50,7 +51,7 @@ struct Count {
 impl Count {
     fn add(&mut self, close: &Close) {
         self.closes += 1;
-        self.time_wait += u64::from(close.fate == Final::TimeWait);
+        self.time_wait += u64::from(close.fate == Some(Final::TimeWait));
     }
 }
 
@@ -74,6 +75,11 @@ impl Summarizer {
         } else if let Some(count) = self.groups.get_mut(&key) {
             count.add(close);
         }
+    }
+
+    /// Counts one socket that its process has not closed.
+    pub fn close_wait(&mut self) {
+        self.close_wait += 1;
     }
 
     /// Ends the counting.
@@ -102,6 +108,7 @@ impl Summarizer {
             duration_s: ran.as_secs_f64(),
             closes: self.total.closes,
             time_wait: self.total.time_wait,
+            close_wait: self.close_wait,
             lost: missed.lost,
             untracked: missed.untracked,
             other_closes: self.total.closes - listed,

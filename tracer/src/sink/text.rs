@@ -102,6 +102,7 @@ impl Text {
         match event {
             Event::Start(_) => self.line.text.push_str(&self.header()),
             Event::Close(close) => self.close(close),
+            Event::CloseWait(open) => self.close_wait(open),
             Event::State(state) => self.state(state),
             Event::Lost(lost) => self.lost(lost),
             Event::Summary(summary) => self.summary(summary),
@@ -115,9 +116,10 @@ impl Text {
         line.begin(close.process.as_ref(), close.role, close.local, close.remote);
         line.put(closed_by_word(close.closed_by));
         line.stop(column::FINAL);
-        let inferred = close.fate_source == FinalSource::Inferred && close.fate != Final::Unknown;
-        line.style(fate_style(close.fate), |line| {
-            line.put(fate_word(close.fate));
+        let fate = close.fate.unwrap_or(Final::Unknown);
+        let inferred = close.fate_source == Some(FinalSource::Inferred) && fate != Final::Unknown;
+        line.style(fate_style(fate), |line| {
+            line.put(fate_word(fate));
             line.put(if inferred { "?" } else { "" });
         });
         line.stop(column::WHY);
@@ -136,6 +138,23 @@ impl Text {
         if let Some(http) = &close.http
             && !matches!(close.cause, Cause::Unanswered)
         {
+            line.request(http);
+        }
+        line.end();
+    }
+
+    fn close_wait(&mut self, open: &Close) {
+        self.time(open.time);
+        let line = &mut self.line;
+        line.begin(open.process.as_ref(), open.role, open.local, open.remote);
+        line.put(closed_by_word(open.closed_by));
+        line.stop(column::FINAL);
+        line.style(ALARM, |line| line.put("close_wait"));
+        line.stop(column::WHY);
+        let since_us = open.states.last().map_or(0, |last| last.at_us.try_into().unwrap_or(0));
+        let waited = elapsed(open.duration_us.saturating_sub(since_us));
+        line.style(ADVICE, |line| line.put(&format!("not closed here for {waited}")));
+        if let Some(http) = &open.http {
             line.request(http);
         }
         line.end();
@@ -183,12 +202,16 @@ impl Text {
         self.time(summary.time);
         let line = &mut self.line;
         line.stop(column::PROCESS);
-        let Summary { duration_s, closes, time_wait, lost, untracked, groups, .. } = summary;
+        let Summary { duration_s, closes, time_wait, close_wait, lost, untracked, groups, .. } = summary;
         line.style(HEADER, |line| {
             line.put(&format!("{closes} closed in {duration_s:.1} s, {time_wait} of them left TIME_WAIT"));
         });
         line.put(", ");
         line.style(if *lost > 0 { ALARM } else { Style::new() }, |line| line.put(&format!("{lost} lost")));
+        if *close_wait > 0 {
+            line.put(", ");
+            line.style(ALARM, |line| line.put(&format!("{close_wait} stuck in CLOSE_WAIT")));
+        }
         if *untracked > 0 {
             line.put(", ");
             line.style(ALARM, |line| line.put(&format!("{untracked} could not be followed")));

@@ -6,6 +6,7 @@
 mod causes;
 mod classic;
 mod cli;
+mod close_wait;
 mod fin_wait2;
 mod heads;
 mod leftovers;

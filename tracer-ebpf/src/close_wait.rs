@@ -1,0 +1,57 @@
+//! Sockets whose peer has closed, and whose process has not, for too long: a walk over all that are followed.
+//!
+//! No transition tells that one did not come. So user space starts this walk from time to time; it costs nothing in
+//! between, and each socket that it finds makes one record in its life.
+
+use aya_ebpf::cty::{c_int, c_void};
+use tracer_ebpf::head::clamp;
+use tracer_ebpf::{STATES, kind, unpack_state};
+
+use crate::conn::{self, Conn};
+use crate::sock::{self, tcp};
+
+/// `struct bpf_iter__bpf_sk_storage_map`: a socket that has storage in the map; NULL at the end of the walk.
+/// <https://github.com/torvalds/linux/blob/v6.12/net/core/bpf_sk_storage.c#L719>
+#[repr(C)]
+struct SocketStorage {
+    meta: *mut c_void,
+    map: *mut c_void,
+    sk: *mut c_void,
+    value: *mut c_void,
+}
+
+/// Reports one socket, if it has been in CLOSE_WAIT for long enough.
+#[unsafe(link_section = "iter/bpf_sk_storage_map")]
+#[unsafe(no_mangle)]
+extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
+    // SAFETY: the kernel passes a `struct bpf_iter__bpf_sk_storage_map`; its socket is checked, and lives for the call.
+    unsafe {
+        let sk = (*ctx).sk;
+        if sk.is_null() || !sock::is_tcp(sk) || sock::state(sk) != tcp::CLOSE_WAIT {
+            return 0;
+        }
+        let Some(conn) = conn::get(sk) else { return 0 };
+        let now = conn::now();
+        if conn.close_wait_told != 0 || now.saturating_sub(since(conn, now)) < sock::config_close_wait_ns() {
+            return 0;
+        }
+        // A filter may let it pass later, when its owner is known.
+        if conn::emit(sk, conn, kind::CLOSE_WAIT, tcp::CLOSE_WAIT, tcp::CLOSE_WAIT, now) {
+            conn.close_wait_told = 1;
+        }
+    }
+    0
+}
+
+/// Since when it has been in CLOSE_WAIT: the last transition that was noted.
+#[inline(always)]
+fn since(conn: &Conn, now: u64) -> u64 {
+    if conn.states_len == 0 {
+        return now;
+    }
+    let last = clamp::<{ STATES as i32 - 1 }>(u64::from(conn.states_len) - 1) as usize;
+    // SAFETY: `last` is below `STATES`.
+    let (state, at_ns) = unpack_state(unsafe { conn.states.as_ptr().add(last).read_volatile() });
+    // Where it is another, the transition is being noted right now, or there was no room for it.
+    if i32::from(state) == tcp::CLOSE_WAIT { at_ns } else { now }
+}
