@@ -14,6 +14,7 @@ mod netns;
 mod older;
 mod pid;
 mod rig;
+mod scale;
 mod servers;
 mod sockets;
 mod states;

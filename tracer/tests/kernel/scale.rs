@@ -1,0 +1,206 @@
+//! Very many connections, and addresses that are used again at once.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+
+use rustix::net::{AddressFamily, SocketType, bind, connect, socket, sockopt};
+use rustix::process::Signal;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::rig::{Guard, Listener, Namespace, Tracer, expect, free_port, ok, port_of, tracer, wait_until};
+
+/// What is looked at of a record; of so many the whole would be too much.
+#[derive(Deserialize)]
+struct Record {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    local: String,
+    #[serde(default)]
+    remote: String,
+    #[serde(default)]
+    closed_by: String,
+    #[serde(default, rename = "final")]
+    fate: String,
+    #[serde(default)]
+    lost: u64,
+}
+
+/// `VmRSS`, KiB.
+fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+/// Open connections of one process: both ends are its own, and it may have 20,000 files or more.
+const EACH: usize = 9_500;
+const PROCESSES: usize = 11;
+const OPEN: usize = EACH * PROCESSES;
+/// Closed one after another before they are waited for: less than the ring buffer holds.
+const BATCH: usize = 2_500;
+
+/// Opens connections to itself, with a request on each, and closes as many of them as each line of its input says.
+const HOLDER: &str = "
+import socket, sys
+port, count = int(sys.argv[1]), int(sys.argv[2])
+listener = socket.create_server(('127.0.0.1', port))
+pairs = []
+for _ in range(count):
+    client = socket.create_connection(('127.0.0.1', port))
+    server, _ = listener.accept()
+    client.sendall(b'GET / HTTP/1.1\\r\\nHost: test\\r\\n\\r\\n')
+    server.recv(100)
+    pairs.append((client, server))
+print('open', flush=True)
+for line in sys.stdin:
+    for client, server in pairs[:int(line)]:
+        client.close()
+        server.close()
+    del pairs[:int(line)]
+";
+
+#[test]
+fn a_hundred_thousand_connections_open_at_once() {
+    let namespace = Namespace::new("scale");
+    namespace.enter(|| {
+        let set = |name: &str, value: &str| {
+            fs::write(format!("/proc/sys/net/ipv4/{name}"), value).expect("we are root");
+        };
+        // Far from full, so that no TIME_WAIT is in doubt.
+        set("tcp_max_tw_buckets", "1000000");
+        set("ip_local_port_range", "30000 60000");
+    });
+    let ports: Vec<u16> = (0..PROCESSES).map(|_| free_port()).collect();
+    let mut child = tracer()
+        .args(["run", "--json"])
+        .args(ports.iter().flat_map(|port| ["--port".to_owned(), port.to_string()]))
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    let mut start = String::new();
+    stdout.read_line(&mut start).expect("it prints");
+    assert!(start.contains(r#""type":"start""#), "{start}");
+    let mut process = Guard(child);
+    let before_kib = resident_kib(process.id());
+
+    let records: Mutex<(HashMap<(String, String), Record>, Option<u64>)> = Mutex::default();
+    let seen = || records.lock().expect("no panic").0.len();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for line in stdout.lines() {
+                let record: Record = serde_json::from_str(&line.expect("UTF-8")).expect("JSON");
+                let mut records = records.lock().expect("no panic");
+                match record.kind.as_str() {
+                    "close" => {
+                        let twice = records.0.insert((record.local.clone(), record.remote.clone()), record);
+                        assert!(twice.is_none(), "one socket, two records");
+                    }
+                    "summary" => records.1 = Some(record.lost),
+                    _ => {}
+                }
+            }
+        });
+
+        let mut holders: Vec<Guard> = ports
+            .iter()
+            .map(|port| {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &namespace.name, "python3", "-c", HOLDER]);
+                command.args([port.to_string(), EACH.to_string()]);
+                Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"))
+            })
+            .collect();
+        for holder in &mut holders {
+            let mut line = String::new();
+            BufReader::new(holder.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+            assert_eq!(line, "open\n");
+        }
+        assert_eq!(seen(), 0, "all are open");
+        // What is open is known in the kernel only.
+        let grown_kib = resident_kib(process.id()).saturating_sub(before_kib);
+        assert!(grown_kib < 4 << 10, "{grown_kib} KiB more for {OPEN} connections");
+
+        let mut closed = 0;
+        for holder in &mut holders {
+            let mut left = EACH;
+            while left > 0 {
+                let batch = BATCH.min(left);
+                writeln!(holder.0.stdin.as_mut().expect("piped"), "{batch}").expect("it reads");
+                left -= batch;
+                closed += 2 * batch;
+                wait_until("the records of a batch", || seen() >= closed);
+            }
+        }
+        process.signal(Signal::INT);
+        assert!(process.wait().success());
+    });
+
+    let (records, lost) = records.into_inner().expect("no panic");
+    assert_eq!((records.len(), lost), (2 * OPEN, Some(0)));
+    for ((local, _), record) in &records {
+        let is_server = ports.iter().any(|port| local.ends_with(&format!(":{port}")));
+        let got = (record.closed_by.as_str(), record.fate.as_str());
+        assert_eq!(got, if is_server { ("remote", "closed") } else { ("local", "time_wait") }, "{local}");
+    }
+}
+
+/// As often as the same addresses are used.
+const AGAIN: usize = 1_000;
+
+/// Connects from a port of our choice, which may still be in use by a TIME_WAIT socket.
+fn connect_from(port: u16, to: SocketAddr) -> TcpStream {
+    let fd = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    sockopt::set_socket_reuseaddr(&fd, true).expect("it can be set");
+    bind(&fd, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).expect("it may be bound again");
+    connect(&fd, &to).expect("it listens");
+    TcpStream::from(fd)
+}
+
+/// The server closes first and is left in TIME_WAIT, which gives way to the next SYN from the same port at once.
+#[test]
+fn the_same_addresses_again_and_again() {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.port));
+    let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let client_port = probe.local_addr().expect("bound").port();
+    drop(probe);
+    for n in 0..AGAIN {
+        let mut client = connect_from(client_port, to);
+        let (mut server, _) = listener.accept();
+        let request = format!("GET /{n} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+        client.write_all(request.as_bytes()).expect("it is open");
+        server.read_exact(&mut vec![0; request.len()]).expect("it came");
+        server.write_all(ok("").as_bytes()).expect("it is open");
+        drop(server);
+        client.read_to_end(&mut Vec::new()).expect("the server has closed");
+        drop(client);
+    }
+    let closes = tracer.wait_for_closes(2 * AGAIN, |_| true);
+    assert_eq!(closes.len(), 2 * AGAIN);
+    let cookies: HashSet<_> = closes.iter().map(|close| close["cookie"].as_u64().expect("a cookie")).collect();
+    assert_eq!(cookies.len(), 2 * AGAIN, "each is a socket of its own");
+    for end in [listener.port, client_port] {
+        let targets: HashSet<_> = closes
+            .iter()
+            .filter(|close| port_of(close, "local") == Some(end))
+            .map(|close| {
+                let (by, fate) = if end == client_port { ("remote", "closed") } else { ("local", "time_wait") };
+                let wanted = json!({
+                    "closed_by": by, "final": fate, "cause": "request_close", "http": { "requests": 1, "responses": 1 },
+                });
+                expect(close, &wanted);
+                close["http"]["target"].as_str().expect("a target").to_owned()
+            })
+            .collect();
+        assert_eq!(targets, (0..AGAIN).map(|n| format!("/{n}")).collect(), "each exchange belongs to one connection");
+    }
+    tracer.stop();
+}
