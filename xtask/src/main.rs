@@ -2,6 +2,7 @@
 
 mod ebpf;
 mod lint;
+mod oracle;
 mod run;
 mod test;
 mod workspace;
@@ -35,6 +36,12 @@ enum Command {
     },
     /// Formatting and lints, for the host and for the kernel programs
     Lint,
+    /// Compare tracer's answers with packet captures, `ss` and the truth, on real servers and clients; as root
+    Oracle {
+        /// A bounded set: each server once
+        #[arg(long)]
+        quick: bool,
+    },
     /// All tests; those with a real kernel run as root (through sudo if needed)
     Test {
         /// Only kernel tests whose name contains this; none of the others
@@ -49,6 +56,7 @@ fn main() -> ExitCode {
         Command::Ebpf { check: false } => ebpf::install(),
         Command::Ebpf { check: true } => ebpf::check(),
         Command::Lint => lint::lint(),
+        Command::Oracle { quick } => oracle::oracle(quick),
         Command::Test { filter } => test::test(filter.as_deref()),
     };
     match result {

@@ -72,3 +72,33 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
+
+/// A program that is needed, and the Debian package that has it.
+pub(crate) type Program = (&'static str, &'static str);
+
+/// Installs what is missing for `what`, or says what is.
+pub(crate) fn install(what: &str, programs: &[Program]) -> Result<()> {
+    let missing: Vec<_> = programs.iter().filter(|(program, _)| find(program).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    if find("apt-get").is_none() || !(is_root() || find("sudo").is_some()) {
+        let programs: Vec<_> = missing.iter().map(|(program, _)| *program).collect();
+        bail!("{what} need(s) {} (on Debian: apt-get install {})", programs.join(", "), packages.join(" "));
+    }
+    eprintln!("xtask: installing {}", packages.join(" "));
+    let apt_get = |args: &[&str]| {
+        let mut command = if is_root() { Command::new("env") } else { Command::new("sudo") };
+        if !is_root() {
+            command.arg("env");
+        }
+        // A run level of 1 keeps packages from starting their services.
+        command.args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "apt-get", "--yes", "--quiet"]).args(args);
+        command
+    };
+    succeed(&mut apt_get(&["update"]))?;
+    succeed(apt_get(&["install", "--no-install-recommends"]).args(packages))
+}

@@ -1,0 +1,264 @@
+//! Two views of one end of a connection in, their differences out.
+//!
+//! What a capture cannot settle (bytes that were under way when a RST ended it all) is a set of possible readings, and
+//! tracer must give one of them. What tracer says it has not observed is counted by itself, and excused only where the
+//! packets were lost or out of order.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
+
+use serde_json::{Value, json};
+
+use crate::oracle::packets::{Connection, End, FirstEnd};
+use crate::oracle::reader::{self, Reading};
+
+/// What the harness knows beyond the packets.
+#[derive(Debug, Default)]
+pub(crate) struct Truth {
+    pub(crate) owners: Owners,
+    /// Cookies of the sockets in TIME_WAIT, by `ss`, after everything has ended.
+    pub(crate) time_wait: HashSet<u64>,
+}
+
+/// Client and server address of a connection.
+pub(crate) type Ends = (SocketAddr, SocketAddr);
+
+/// Which processes may own an end: the one that is known for the connection, or else those that it may be.
+#[derive(Debug, Default)]
+pub(crate) struct Owners {
+    /// The server's process that handled a connection, by the server's own log.
+    pub(crate) logged: HashMap<Ends, u32>,
+    /// The processes of the server that listens on this port.
+    pub(crate) servers: HashMap<u16, Vec<u32>>,
+    /// The client process that made a connection, by its own word.
+    pub(crate) exact: HashMap<Ends, u32>,
+    /// The client processes that connect to this address.
+    pub(crate) clients: HashMap<SocketAddr, Vec<u32>>,
+}
+
+impl Owners {
+    fn of(&self, connection: &Connection, end: End) -> Option<Vec<u32>> {
+        let known = |pid: Option<&u32>| pid.map(|pid| vec![*pid]);
+        match end {
+            End::Server => known(self.logged.get(&(connection.client, connection.server)))
+                .or_else(|| self.servers.get(&connection.server.port()).cloned()),
+            End::Client => known(self.exact.get(&(connection.client, connection.server)))
+                .or_else(|| self.clients.get(&connection.server).cloned()),
+        }
+    }
+}
+
+/// One field that differs.
+#[derive(Debug)]
+pub(crate) struct Difference {
+    pub(crate) field: &'static str,
+    pub(crate) tracer: Value,
+    pub(crate) witness: Value,
+}
+
+/// How one end compares.
+#[derive(Debug, Default)]
+pub(crate) struct Comparison {
+    pub(crate) agreed: u64,
+    /// Fields that tracer says it has not seen or does not know, where it could not.
+    pub(crate) unobserved: u64,
+    pub(crate) differences: Vec<Difference>,
+}
+
+impl Comparison {
+    fn check(&mut self, field: &'static str, tracer: &Value, fits: bool, witness: impl FnOnce() -> Value) {
+        if fits {
+            self.agreed += 1;
+        } else {
+            self.differences.push(Difference { field, tracer: tracer.clone(), witness: witness() });
+        }
+    }
+}
+
+/// Compares a `close` record with what the packets say of that end.
+pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused: bool, truth: &Truth) -> Comparison {
+    let mut comparison = Comparison::default();
+    let mut exact = |field: &'static str, witness: Value| {
+        comparison.check(field, &record[field], record[field] == witness, || witness);
+    };
+    exact("role", json!(if end == End::Client { "client" } else { "server" }));
+    exact("family", json!(if connection.client.is_ipv4() { "ipv4" } else { "ipv6" }));
+    exact("started_before", json!(false));
+    if !connection.was_reset() {
+        exact("how", json!("fin"));
+    }
+
+    let closers = closed_by(connection, end);
+    comparison.check("closed_by", &record["closed_by"], is_one_of(&closers, &record["closed_by"]), || json!(closers));
+
+    let sent = connection.sent_by(end);
+    let received = connection.sent_by(end.peer());
+    comparison
+        .check("tx_bytes", &record["tx_bytes"], record["tx_bytes"] == sent.stream.len(), || json!(sent.stream.len()));
+    // What was not acknowledged may have come too late.
+    let least = if connection.was_reset() { received.acknowledged } else { received.stream.len() };
+    let lengths = [least].into_iter().chain(received.boundaries.iter().copied().filter(|length| *length > least));
+    let rx_bytes = &record["rx_bytes"];
+    let fits = rx_bytes.as_u64().is_some_and(|bytes| (least as u64..=received.stream.len() as u64).contains(&bytes));
+    comparison.check("rx_bytes", rx_bytes, fits, || json!([least, received.stream.len()]));
+
+    let readings: Vec<Reading> = lengths
+        .map(|length| {
+            let received = &received.stream[..length];
+            match end {
+                End::Client => reader::read(&sent.stream, received),
+                End::Server => reader::read(received, &sent.stream),
+            }
+        })
+        .collect();
+    compare_http(&mut comparison, record, connection, &readings);
+    compare_cause(&mut comparison, record, connection, end, &readings);
+
+    // Another connection on the same addresses takes the place of the TIME_WAIT socket, and a RST ends it.
+    let left = record["cookie"].as_u64().is_some_and(|cookie| truth.time_wait.contains(&cookie));
+    let says = record["final"] == "time_wait";
+    if says && !left && (reused || connection.may_have_cut_time_wait_short(end)) {
+        comparison.unobserved += 1;
+    } else {
+        comparison.check("final", &record["final"], says == left, || {
+            json!(if left { "ss shows it in TIME-WAIT" } else { "ss does not show it in TIME-WAIT" })
+        });
+    }
+
+    if let Some(owners) = truth.owners.of(connection, end) {
+        let pid = &record["process"]["pid"];
+        let fits = owners.iter().any(|owner| *pid == *owner);
+        // A server need not even have accepted what was reset before it read from it.
+        if record["process"].is_null() && end == End::Server && connection.sent_by(End::Client).rst.is_some() {
+            comparison.unobserved += 1;
+        } else {
+            comparison.check("process", &record["process"], fits, || json!(owners));
+        }
+        let closer = &record["closer"];
+        let fits = closer.is_null() || owners.iter().any(|owner| closer["pid"] == *owner);
+        comparison.check("closer", closer, fits, || json!(owners));
+    }
+    comparison
+}
+
+fn is_one_of(words: &BTreeSet<&str>, value: &Value) -> bool {
+    value.as_str().is_some_and(|value| words.contains(value))
+}
+
+fn closed_by(connection: &Connection, end: End) -> BTreeSet<&'static str> {
+    let seen_from = |who| if who == end { "local" } else { "remote" };
+    match connection.first_end() {
+        FirstEnd::Nobody => BTreeSet::from(["none"]),
+        FirstEnd::One(who) => BTreeSet::from([seen_from(who)]),
+        FirstEnd::Both => BTreeSet::from(["both"]),
+        FirstEnd::Crossing(who) => BTreeSet::from([seen_from(who), "local"]),
+    }
+}
+
+/// What is compared of the last exchange.
+const EXCHANGE: [&str; 10] = [
+    "requests",
+    "responses",
+    "method",
+    "target",
+    "status",
+    "request_version",
+    "response_version",
+    "request_connection",
+    "response_connection",
+    "answered",
+];
+
+fn compare_http(comparison: &mut Comparison, record: &Value, connection: &Connection, readings: &[Reading]) {
+    let fits = |reading: &&Reading| {
+        record["protocol"] == reading.protocol
+            && record["http"].is_null() == reading.http.is_null()
+            && EXCHANGE.iter().all(|field| record["http"][field] == reading.http[field])
+    };
+    if readings.iter().any(|reading| fits(&reading)) {
+        comparison.agreed += 1 + EXCHANGE.len() as u64;
+        return;
+    }
+    let disorder = [End::Client, End::Server].into_iter().any(|end| connection.sent_by(end).disorder);
+    let http = &record["http"];
+    let unobserved = record["protocol"] == "unobserved"
+        || http["request_connection"] == "unobserved"
+        || http["response_connection"] == "unobserved";
+    if disorder && unobserved {
+        comparison.unobserved += 1;
+        return;
+    }
+    // The whole of what was sent is the likeliest.
+    let Some(reading) = readings.last() else { return };
+    let protocol = &record["protocol"];
+    comparison.check("protocol", protocol, *protocol == reading.protocol, || json!(reading.protocol));
+    for field in EXCHANGE {
+        comparison.check(field, &http[field], http[field] == reading.http[field], || reading.http[field].clone());
+    }
+}
+
+/// The cause follows from the other fields, by the rules of the contract: here from the packets' reading of them.
+fn compare_cause(comparison: &mut Comparison, record: &Value, connection: &Connection, end: End, readings: &[Reading]) {
+    let mut causes = BTreeSet::new();
+    if connection.sent_by(end).rst.is_some() {
+        causes.insert("reset_by_local");
+    }
+    if connection.sent_by(end.peer()).rst.is_some() {
+        causes.insert("reset_by_peer");
+    }
+    let closers = closed_by(connection, end);
+    if closers.contains("local") || closers.contains("both") {
+        // Whether the process had closed it itself, no packet tells.
+        causes.insert("process_exit");
+    }
+    // A RST may also come when all is over.
+    causes.extend(readings.iter().map(|reading| cause(reading, record)));
+    let unobserved = record["cause"] == "unknown" && comparison.unobserved != 0;
+    comparison.check("cause", &record["cause"], unobserved || is_one_of(&causes, &record["cause"]), || json!(causes));
+}
+
+fn cause(reading: &Reading, record: &Value) -> &'static str {
+    let http = &reading.http;
+    let is = |field: &str, token: &str| {
+        http[field].as_str().is_some_and(|tokens| tokens.split(", ").any(|one| one == token))
+    };
+    let seen = |field: &str| http[field] != "unobserved";
+    match reading.protocol {
+        "none" => return "unused",
+        "tls" => return "tls",
+        "h2" if http.is_null() => return "h2",
+        "other" => return "not_http",
+        _ if http["status"] == 101 => return "upgraded",
+        _ => {}
+    }
+    if !http["method"].is_null() && http["answered"] == false {
+        return "unanswered";
+    }
+    if reading.body == reader::Body::Incomplete {
+        return "truncated";
+    }
+    if is("request_connection", "close") {
+        return "request_close";
+    }
+    if seen("request_connection") && is("response_connection", "close") {
+        return "response_close";
+    }
+    if http["method"].is_null() || !seen("request_connection") || !seen("response_connection") {
+        return "unknown";
+    }
+    let kept = |field: &str| is(field, "keep-alive");
+    let old = |field: &str| http[field] == "1.0";
+    if old("request_version") && !(kept("request_connection") && kept("response_connection"))
+        || old("response_version") && !kept("response_connection")
+    {
+        return "http10";
+    }
+    if reading.body == reader::Body::UntilClose || reading.garbage {
+        return "unknown";
+    }
+    // How long it was idle is tracer's own clock: the capture's runs beside it.
+    let idle = record["idle_us"].as_u64().unwrap_or(0);
+    let announced = record["http"]["keep_alive_timeout_s"].as_u64().unwrap_or(0) * 1_000_000;
+    let about = announced != 0 && idle.abs_diff(announced) <= (announced / 10).max(100_000);
+    if idle >= 1_000_000 || about { "idle_timeout" } else { "no_reuse" }
+}

@@ -1,0 +1,493 @@
+//! `cargo xtask oracle`: are tracer's answers right? An independent witness decides.
+//!
+//! Real servers and real clients talk in two network namespaces. `tcpdump` and `tshark` watch the packets, `ss` the
+//! TIME_WAIT sockets, and the harness knows which processes it started; tracer, which watches the whole host without a
+//! filter, must say the same of each end of each connection. One batch is one server on one kind of path, with all clients
+//! at once.
+
+mod compare;
+mod network;
+mod packets;
+mod programs;
+mod raw;
+mod reader;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use self::compare::{Comparison, Ends, Owners, Truth, compare};
+use self::network::{Capture, Namespace, Network, Route};
+use self::packets::{Connection, End, connections};
+use self::programs::{Client, Running, Server};
+use crate::workspace;
+
+/// The first port of the servers; each batch has its own.
+const FIRST_PORT: u16 = 20_000;
+/// What a whole run must reach.
+const WHOLE: u64 = 20_000;
+/// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Runs the batches; `quick` runs each server on one kind of path.
+pub(crate) fn oracle(quick: bool) -> Result<()> {
+    if !workspace::is_root() {
+        let mut command = Command::new("sudo");
+        command.arg("-E").arg(std::env::current_exe()?).arg("oracle");
+        return workspace::succeed(command.args(quick.then_some("--quick")));
+    }
+    workspace::install("the oracle", &programs::NEEDED)?;
+    workspace::succeed(workspace::cargo().args(["build", "--release", "--package", "tracer"]))?;
+    let directory = tempfile::Builder::new().prefix("tracer-oracle-").tempdir()?;
+    programs::build(directory.path())?;
+    let network = Network::new(u8::try_from(Client::ALL.len())?)?;
+    let tracer = Tracer::start(&workspace::target_dir().join("release/tracer"))?;
+
+    let batches: Vec<_> = Server::ALL
+        .into_iter()
+        .enumerate()
+        .flat_map(|(n, server)| {
+            let routes = Route::ALL.into_iter().enumerate();
+            routes.filter(move |(m, _)| !quick || n % Route::ALL.len() == *m).map(move |(_, route)| (server, route))
+        })
+        .collect();
+    let scale = if quick { 40 } else { 120 };
+    let mut table = Table::default();
+    for (n, (server, route)) in batches.iter().enumerate() {
+        let port = FIRST_PORT + 2 * u16::try_from(n)?;
+        eprintln!("oracle: {} of {}: {}, {}", n + 1, batches.len(), server.name(), route.name());
+        let place = directory.path().join(n.to_string());
+        fs::create_dir(&place)?;
+        let batch = Batch {
+            network: &network,
+            programs: directory.path(),
+            place: &place,
+            server: *server,
+            route: *route,
+            port,
+            scale,
+        };
+        batch.run(&tracer, table.row(*server)).with_context(|| format!("{}, {}", server.name(), route.name()))?;
+        // Captures are large.
+        fs::remove_dir_all(&place)?;
+    }
+    let lost = tracer.stop()?;
+    table.print();
+    if lost != 0 {
+        bail!("tracer lost {lost} records");
+    }
+    let total = table.total();
+    if total.disagreements != 0 {
+        bail!("{} disagreements", total.disagreements);
+    }
+    if !quick && total.connections < WHOLE {
+        bail!("only {} connections: a whole run makes {WHOLE}", total.connections);
+    }
+    Ok(())
+}
+
+/// One server on one kind of path, and all clients.
+struct Batch<'a> {
+    network: &'a Network,
+    programs: &'a Path,
+    place: &'a Path,
+    server: Server,
+    route: Route,
+    port: u16,
+    scale: u32,
+}
+
+impl Batch<'_> {
+    fn run(&self, tracer: &Tracer, row: &mut Row) -> Result<()> {
+        let (servers, clients) = (&self.network.servers, self.network.clients_of(self.route));
+        let backend = self.port + 1;
+        let behind = if self.server == Server::Haproxy {
+            Some(Server::Nginx.start(servers, self.programs, self.place, "127.0.2.1", backend, 0)?)
+        } else {
+            None
+        };
+        let server =
+            self.server.start(servers, self.programs, self.place, self.route.any_address(), self.port, backend)?;
+        let listen = |port| wait_for("a server to listen", || listens(servers, port));
+        listen(self.port)?;
+        if behind.is_some() {
+            listen(backend)?;
+        }
+        let captures = [
+            Capture::start(servers, "lo", self.place.join("lo.pcap"))?,
+            Capture::start(servers, "veth", self.place.join("servers.pcap"))?,
+            Capture::start(&self.network.clients, "veth", self.place.join("clients.pcap"))?,
+        ];
+
+        let began = Instant::now();
+        let mut owners = self.clients(clients)?;
+        // Workers may have been started since.
+        owners.servers.insert(self.port, server.handlers());
+        if let Some(behind) = &behind {
+            owners.servers.insert(backend, behind.handlers());
+            owners.clients.insert(SocketAddr::new("127.0.2.1".parse()?, backend), vec![server.pid()]);
+        }
+        wait_for("all connections to end", || Ok(self.are_over()? && !self.connected()?))?;
+        let mut time_wait = HashSet::new();
+        // More than once: a walk over so many sockets can miss one, while others come and go beside it. No new ones appear.
+        for _ in 0..3 {
+            for namespace in [servers, &self.network.clients] {
+                time_wait.extend(cookies(&namespace.ss(&["-a", "-e", "state", "time-wait"])?)?);
+            }
+        }
+        if began.elapsed() > Duration::from_secs(55) {
+            bail!("it took {:?}: TIME_WAIT sockets have gone by now", began.elapsed());
+        }
+        // By then the servers have also written their last log lines.
+        std::thread::sleep(Capture::DELAY);
+        for port in [self.port, backend] {
+            owners.logged.extend(logged(&self.place.join(format!("who-{port}"))));
+        }
+        let [lo, at_servers, at_clients] = captures.map(|capture| capture.stop().and_then(|file| connections(&file)));
+        let truth = Truth { owners, time_wait };
+        let witnessed = [
+            (lo?, servers, [End::Client, End::Server].as_slice()),
+            (at_servers?, servers, &[End::Server]),
+            (at_clients?, &self.network.clients, &[End::Client]),
+        ];
+        for (connections, namespace, ends) in &witnessed {
+            self.judge(tracer, connections, namespace, ends, &truth, row)?;
+        }
+        Ok(())
+    }
+
+    /// Runs all clients at once; the answer is who owns what.
+    fn clients(&self, namespace: &Namespace) -> Result<Owners> {
+        let mut owners = Owners::default();
+        let mut running = Vec::new();
+        for client in Client::ALL {
+            let address = self.route.address(client.number());
+            let to = SocketAddr::new(address, self.port);
+            let pids = owners.clients.entry(to).or_default();
+            if client == Client::Raw {
+                pids.push(std::process::id());
+                continue;
+            }
+            // A few thousand connections in a second are enough of them once for each server.
+            if client == Client::WrkClose && self.route != Route::Loopback4 {
+                continue;
+            }
+            for (program, args) in client.commands(self.programs, address, self.port, self.scale)? {
+                let name = format!("client-{}", running.len());
+                let mut command = namespace.command(&program);
+                let process = Running::start(command.args(args), self.place, &name)?;
+                pids.push(process.pid());
+                running.push((process, to, self.place.join(format!("{name}.out"))));
+            }
+        }
+        let raw = SocketAddr::new(self.route.address(Client::Raw.number()), self.port);
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                namespace.enter()?;
+                raw::run(raw, self.scale / 40)
+            });
+            thread.join().map_err(|_| anyhow::anyhow!("the raw client panicked"))?
+        })?;
+        wait_for("the clients to end", || {
+            for (process, ..) in &mut running {
+                if process.child.try_wait()?.is_none() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
+        for (process, to, out) in &running {
+            // curl says from where it connected.
+            for line in fs::read_to_string(out).unwrap_or_default().lines() {
+                if let Some((ip, port)) = line.split_once(' ')
+                    && let (Ok(ip), Ok(port)) = (ip.parse::<IpAddr>(), port.parse())
+                {
+                    owners.exact.insert((SocketAddr::new(ip.to_canonical(), port), *to), process.pid());
+                }
+            }
+        }
+        Ok(owners)
+    }
+
+    /// Nothing but listeners and TIME_WAIT sockets is left, on either side.
+    fn are_over(&self) -> Result<bool> {
+        for namespace in [&self.network.servers, &self.network.clients] {
+            let left = namespace.ss(&["-a", "state", "connected", "exclude", "time-wait"])?;
+            if !left.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// A connection is being made: none of them is shown while it is.
+    fn connected(&self) -> Result<bool> {
+        Ok(!self.network.servers.ss(&["-a", "state", "syn-recv"])?.is_empty())
+    }
+
+    /// Compares what the packets say with what tracer says, and counts.
+    fn judge(
+        &self,
+        tracer: &Tracer,
+        connections: &[Connection],
+        namespace: &Namespace,
+        ends: &[End],
+        truth: &Truth,
+        row: &mut Row,
+    ) -> Result<()> {
+        let of_this_batch = |connection: &&Connection| {
+            connection.answered && (self.port..=self.port + 1).contains(&connection.server.port())
+        };
+        let key = |connection: &Connection, end: End| {
+            (namespace.inode, connection.address(end), connection.address(end.peer()))
+        };
+        let mut expected: HashMap<Key, Vec<(&Connection, End)>> = HashMap::new();
+        for connection in connections.iter().filter(of_this_batch) {
+            if !connection.has_ended() {
+                row.disagree(self, format!("{} > {}: the packets show no end", connection.client, connection.server));
+                continue;
+            }
+            row.connections += 1;
+            for end in ends {
+                expected.entry(key(connection, *end)).or_default().push((connection, *end));
+            }
+        }
+        let all_there = |closes: &HashMap<Key, Vec<Value>>| {
+            expected.iter().all(|(key, wanted)| {
+                let needed = wanted.iter().filter(|(connection, end)| !connection.may_have_had_no_socket(*end)).count();
+                closes.get(key).map_or(0, Vec::len) >= needed
+            })
+        };
+        // What is missing after that is told below.
+        let _ = wait_for("tracer's records", || Ok(all_there(&tracer.closes())));
+        let closes = tracer.closes();
+        for (key, wanted) in &expected {
+            let mut records: Vec<&Value> = closes.get(key).into_iter().flatten().collect();
+            records.sort_by_key(|record| record["time"].as_str());
+            let none = wanted.iter().filter(|(connection, end)| connection.may_have_had_no_socket(*end)).count();
+            if !(wanted.len() - none..=wanted.len()).contains(&records.len()) {
+                let (_, local, remote) = key;
+                let seen: Vec<_> = wanted.iter().map(|(connection, _)| connection.summary()).collect();
+                row.disagree(
+                    self,
+                    format!("{local} - {remote}: tracer's records: {records:?}; by the packets: {seen:?}"),
+                );
+                continue;
+            }
+            // Which of several is missing cannot be told.
+            if records.len() != wanted.len() {
+                row.unobserved += 1;
+                continue;
+            }
+            for (n, (record, (connection, end))) in records.iter().zip(wanted).enumerate() {
+                row.ends += 1;
+                row.count(self, compare(record, connection, *end, n + 1 < wanted.len(), truth), record);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Namespace, local and remote address.
+type Key = (u64, SocketAddr, SocketAddr);
+
+fn listens(namespace: &Namespace, port: u16) -> Result<bool> {
+    Ok(!namespace.ss(&["-l", "sport", "=", &format!(":{port}")])?.is_empty())
+}
+
+fn wait_for(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition()? {
+        if Instant::now() > deadline {
+            bail!("waited {PATIENCE:?} in vain for {what}");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// The cookies in what `ss --extended` prints: `sk:3f`.
+fn cookies(text: &str) -> Result<Vec<u64>> {
+    text.split_whitespace()
+        .filter_map(|word| word.strip_prefix("sk:"))
+        .map(|cookie| u64::from_str_radix(cookie, 16).with_context(|| format!("ss printed the cookie {cookie}")))
+        .collect()
+}
+
+/// A server's log: for each request the process, the client's address and port, the server's address and port.
+fn logged(log: &Path) -> Vec<(Ends, u32)> {
+    // Only some servers write it.
+    let text = fs::read_to_string(log).unwrap_or_default();
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let pid = words.next()?.parse().ok()?;
+            let mut address = || {
+                let ip: IpAddr = words.next()?.parse().ok()?;
+                Some(SocketAddr::new(ip.to_canonical(), words.next()?.parse().ok()?))
+            };
+            Some(((address()?, address()?), pid))
+        })
+        .collect()
+}
+
+/// A running tracer, and the `close` records that it has printed.
+struct Tracer {
+    child: Child,
+    closes: Arc<Mutex<HashMap<Key, Vec<Value>>>>,
+    reader: std::thread::JoinHandle<Result<u64>>,
+}
+
+impl Tracer {
+    fn start(binary: &PathBuf) -> Result<Self> {
+        let mut child = Command::new(binary)
+            .args(["run", "--json"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {}", binary.display()))?;
+        let mut stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+        let mut start = String::new();
+        stdout.read_line(&mut start)?;
+        if !start.contains(r#""type":"start""#) {
+            bail!("tracer did not start: {}", child.wait()?);
+        }
+        let closes = Arc::default();
+        let reader = std::thread::spawn({
+            let closes = Arc::clone(&closes);
+            move || read(stdout, &closes)
+        });
+        Ok(Self { child, closes, reader })
+    }
+
+    fn closes(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Vec<Value>>> {
+        self.closes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends it: the number of lost records.
+    fn stop(mut self) -> Result<u64> {
+        kill_process(Pid::from_child(&self.child), Signal::INT)?;
+        let status = self.child.wait()?;
+        let lost = self.reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        if !status.success() {
+            bail!("tracer: {status}");
+        }
+        Ok(lost)
+    }
+}
+
+/// Reads to the end: the number of lost records.
+fn read(stdout: BufReader<ChildStdout>, closes: &Mutex<HashMap<Key, Vec<Value>>>) -> Result<u64> {
+    let mut lost = None;
+    for line in stdout.lines() {
+        let event: Value = serde_json::from_str(&line?)?;
+        match event["type"].as_str() {
+            Some("close") => {
+                let address = |end: &str| event[end].as_str().and_then(|text| text.parse().ok());
+                let (Some(netns), Some(local), Some(remote)) =
+                    (event["netns"].as_u64(), address("local"), address("remote"))
+                else {
+                    bail!("no addresses in {event}");
+                };
+                let mut closes = closes.lock().unwrap_or_else(PoisonError::into_inner);
+                closes.entry((netns, local, remote)).or_default().push(event);
+            }
+            Some("summary") => lost = event["lost"].as_u64(),
+            _ => {}
+        }
+    }
+    lost.context("tracer printed no summary")
+}
+
+/// What was found with one server.
+#[derive(Default)]
+struct Row {
+    connections: u64,
+    ends: u64,
+    agreed: u64,
+    unobserved: u64,
+    disagreements: u64,
+    /// By field.
+    fields: BTreeMap<&'static str, u64>,
+}
+
+impl Row {
+    fn count(&mut self, batch: &Batch<'_>, comparison: Comparison, record: &Value) {
+        self.agreed += comparison.agreed;
+        self.unobserved += comparison.unobserved;
+        if comparison.differences.is_empty() {
+            return;
+        }
+        let mut text = format!("{} - {}", record["local"], record["remote"]);
+        for difference in &comparison.differences {
+            *self.fields.entry(difference.field).or_default() += 1;
+            text.push_str(&format!(
+                "\n    {}: tracer says {}, the witness {}",
+                difference.field, difference.tracer, difference.witness
+            ));
+        }
+        self.disagree(batch, format!("{text}\n    in {record}"));
+        self.disagreements += comparison.differences.len() as u64 - 1;
+    }
+
+    fn disagree(&mut self, batch: &Batch<'_>, what: String) {
+        self.disagreements += 1;
+        eprintln!("oracle: {}, {}: {what}", batch.server.name(), batch.route.name());
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    rows: Vec<(Server, Row)>,
+}
+
+impl Table {
+    fn row(&mut self, server: Server) -> &mut Row {
+        let at = match self.rows.iter().position(|(known, _)| *known == server) {
+            Some(at) => at,
+            None => {
+                self.rows.push((server, Row::default()));
+                self.rows.len() - 1
+            }
+        };
+        &mut self.rows[at].1
+    }
+
+    fn total(&self) -> Row {
+        let mut total = Row::default();
+        for (_, row) in &self.rows {
+            total.connections += row.connections;
+            total.ends += row.ends;
+            total.agreed += row.agreed;
+            total.unobserved += row.unobserved;
+            total.disagreements += row.disagreements;
+            for (field, count) in &row.fields {
+                *total.fields.entry(field).or_default() += count;
+            }
+        }
+        total
+    }
+
+    fn print(&self) {
+        println!("| server | connections | ends | fields that agree | unobserved | disagreements |");
+        println!("| --- | ---: | ---: | ---: | ---: | --- |");
+        let total = self.total();
+        let rows = self.rows.iter().map(|(server, row)| (server.name(), row));
+        for (name, row) in rows.chain([("all", &total)]) {
+            let fields: String = row.fields.iter().map(|(field, count)| format!(" {field} {count}")).collect();
+            println!(
+                "| {name} | {} | {} | {} | {} | {}{fields} |",
+                row.connections, row.ends, row.agreed, row.unobserved, row.disagreements
+            );
+        }
+    }
+}
