@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
-use crate::oracle::packets::{Connection, End, FirstEnd};
+use crate::oracle::packets::{Connection, End, FirstEnd, Message};
 use crate::oracle::reader::{self, Reading};
 
 /// What the harness knows beyond the packets.
@@ -139,6 +139,44 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
         comparison.check("closer", closer, fits, || json!(owners));
     }
     comparison
+}
+
+/// Whether `tshark` and our own reader of HTTP make the same of all that was said.
+pub(crate) fn witnesses_agree(connection: &Connection) -> Result<(), String> {
+    let [client, server] = [End::Client, End::Server].map(|end| connection.sent_by(end));
+    let reading = reader::read(&client.stream, &server.stream);
+    if !matches!(reading.protocol, "http/1.0" | "http/1.1") {
+        return Ok(());
+    }
+    let requests: Vec<_> = client.messages.iter().filter(|message| matches!(message, Message::Request(..))).collect();
+    let statuses: Vec<u16> = server
+        .messages
+        .iter()
+        .filter_map(|message| match message {
+            Message::Response(status) if *status >= 200 || *status == 101 => Some(*status),
+            _ => None,
+        })
+        .collect();
+    let last = requests.last().map_or(json!([null, null]), |message| match message {
+        Message::Request(method, target) => json!([method, target.split(['?', '#']).next()]),
+        Message::Response(_) => Value::Null,
+    });
+    let http = &reading.http;
+    // The status counts if it answers the last request.
+    let status = statuses.last().filter(|_| statuses.len() >= requests.len());
+    let theirs = json!([requests.len(), last, statuses.len(), status]);
+    let ours = |responses: &Value, status: &Value| {
+        json!([http["requests"], [http["method"], http["target"]], responses, status])
+    };
+    let whole = ours(&http["responses"], &http["status"]);
+    // `tshark` shows no response that lacks a part of its body.
+    let cut = reading.body != reader::Body::Complete && http["answered"] == true;
+    let less = http["responses"].as_u64().map(|responses| json!(responses.saturating_sub(1)));
+    if theirs == whole || cut && less.is_some_and(|less| theirs == ours(&less, &Value::Null)) {
+        Ok(())
+    } else {
+        Err(format!("httparse reads {whole}, tshark {theirs}"))
+    }
 }
 
 fn is_one_of(words: &BTreeSet<&str>, value: &Value) -> bool {

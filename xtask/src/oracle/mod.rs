@@ -152,7 +152,8 @@ impl Batch<'_> {
         for port in [self.port, backend] {
             owners.logged.extend(logged(&self.place.join(format!("who-{port}"))));
         }
-        let [lo, at_servers, at_clients] = captures.map(|capture| capture.stop().and_then(|file| connections(&file)));
+        let [lo, at_servers, at_clients] =
+            captures.map(|capture| capture.stop().and_then(|file| connections(&file, self.port..=backend)));
         let truth = Truth { owners, time_wait };
         let witnessed = [
             (lo?, servers, [End::Client, End::Server].as_slice()),
@@ -257,6 +258,16 @@ impl Batch<'_> {
                 continue;
             }
             row.connections += 1;
+            // What the raw client sends, and HAProxy passes on, is not for every dissector.
+            if connection.server.port() == self.port
+                && connection.server.ip() != self.route.address(Client::Raw.number())
+                && let Err(differs) = compare::witnesses_agree(connection)
+            {
+                row.disagree(
+                    self,
+                    format!("{} > {}: the witnesses differ: {differs}", connection.client, connection.server),
+                );
+            }
             for end in ends {
                 expected.entry(key(connection, *end)).or_default().push((connection, *end));
             }

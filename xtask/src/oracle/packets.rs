@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -16,7 +17,7 @@ const RST: u16 = 1 << 2;
 const ACK: u16 = 1 << 4;
 
 /// The fields that `tshark` prints, in this order.
-const FIELDS: [&str; 10] = [
+const FIELDS: [&str; 13] = [
     "ip.src",
     "ipv6.src",
     "ip.dst",
@@ -27,6 +28,9 @@ const FIELDS: [&str; 10] = [
     "tcp.seq_raw",
     "tcp.ack_raw",
     "tcp.payload",
+    "http.request.method",
+    "http.request.uri",
+    "http.response.code",
 ];
 
 /// One TCP segment.
@@ -38,6 +42,17 @@ struct Segment {
     seq: u32,
     ack: u32,
     payload: Vec<u8>,
+    /// The HTTP messages that `tshark` saw end here.
+    messages: Vec<Message>,
+}
+
+/// An HTTP message, as `tshark` dissects it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    /// Method and target.
+    Request(String, String),
+    /// Status.
+    Response(u16),
 }
 
 /// Which end of a connection.
@@ -68,6 +83,8 @@ pub(crate) struct Half {
     pub(crate) stream: Vec<u8>,
     /// Lengths of `stream` after each segment that made it longer.
     pub(crate) boundaries: Vec<usize>,
+    /// What `tshark` makes of it.
+    pub(crate) messages: Vec<Message>,
     /// Segments that came before the ones in front of them.
     early: Vec<(u32, Vec<u8>)>,
     /// Payload that came more than once, early, or not at all: there was loss or disorder.
@@ -200,6 +217,7 @@ impl Connection {
         let Some(isn) = half.isn else { return };
         // The SYN takes the first sequence number.
         let offset = segment.seq.wrapping_sub(isn).wrapping_sub(u32::from(segment.flags & SYN == 0));
+        half.messages.extend(segment.messages);
         let length = u32::try_from(segment.payload.len()).unwrap_or(u32::MAX);
         if length != 0 {
             half.take(offset, segment.payload);
@@ -257,12 +275,14 @@ pub(crate) enum FirstEnd {
 }
 
 /// Reads a capture of one side: its connections, in the order of their SYNs.
-pub(crate) fn connections(capture: &Path) -> Result<Vec<Connection>> {
+///
+/// `tshark` takes what goes to or comes from `ports` for HTTP.
+pub(crate) fn connections(capture: &Path, ports: RangeInclusive<u16>) -> Result<Vec<Connection>> {
     let output = Command::new("tshark")
-        // Raw sequence numbers, no name look-ups, and no dissector beyond TCP.
-        .args(["-n", "-o", "tcp.analyze_sequence_numbers:FALSE", "--disable-protocol", "http", "-r"])
+        .args(["-n", "-d", &format!("tcp.port=={}-{},http", ports.start(), ports.end()), "-r"])
         .arg(capture)
-        .args(["-T", "fields", "-E", "separator=/t", "-E", "occurrence=f"])
+        // All occurrences: a segment may carry several messages.
+        .args(["-T", "fields", "-E", "separator=/t", "-E", "occurrence=a", "-E", "aggregator=/s"])
         .args(FIELDS.iter().flat_map(|field| ["-e", *field]))
         .stderr(Stdio::piped())
         .output()
@@ -306,7 +326,9 @@ pub(crate) fn connections(capture: &Path) -> Result<Vec<Connection>> {
 
 fn segment(line: &str) -> Result<Segment> {
     let columns: Vec<&str> = line.split('\t').collect();
-    let [ip4_from, ip6_from, ip4_to, ip6_to, port_from, port_to, flags, seq, ack, payload] = columns[..] else {
+    let [ip4_from, ip6_from, ip4_to, ip6_to, port_from, port_to, flags, seq, ack, payload, methods, targets, statuses] =
+        columns[..]
+    else {
         bail!("{} columns instead of {}", columns.len(), FIELDS.len());
     };
     let address = |ip4: &str, ip6: &str, port: &str| -> Result<SocketAddr> {
@@ -320,7 +342,15 @@ fn segment(line: &str) -> Result<Segment> {
         seq: seq.parse()?,
         ack: if ack.is_empty() { 0 } else { ack.parse()? },
         payload: payload_of(payload)?,
+        messages: messages(methods, targets, statuses)?,
     })
+}
+
+fn messages(methods: &str, targets: &str, statuses: &str) -> Result<Vec<Message>> {
+    let requests = methods.split_whitespace().zip(targets.split_whitespace());
+    let requests = requests.map(|(method, target)| Ok(Message::Request(method.to_owned(), target.to_owned())));
+    let responses = statuses.split_whitespace().map(|status| Ok(Message::Response(status.parse()?)));
+    requests.chain(responses).collect()
 }
 
 /// `47:45:54` or `474554`.

@@ -170,7 +170,7 @@ fn nginx(programs: &Path, directory: &Path, address: &str, port: u16) -> Result<
 fn apache(programs: &Path, directory: &Path, address: &str, port: u16) -> Result<Vec<String>> {
     let modules = Path::new("/usr/lib/apache2/modules");
     let mut config = String::new();
-    for module in ["mpm_event", "authz_core", "mime", "env", "setenvif", "alias", "logio"] {
+    for module in ["mpm_event", "authz_core", "dir", "mime", "env", "setenvif", "alias", "logio"] {
         let file = modules.join(format!("mod_{module}.so"));
         // Some are built in.
         if file.is_file() {
