@@ -82,7 +82,7 @@ pub mod flag {
     pub const RST_RECEIVED: u32 = 1 << 3;
     /// `tcp_send_reset`: this end sent a RST.
     pub const RST_SENT: u32 = 1 << 4;
-    /// The local close was made by a task that is exiting (`PF_EXITING`), or on behalf of a process that has exited.
+    /// The local close was made by a process that is exiting, or on behalf of one that has exited.
     pub const CLOSED_BY_EXIT: u32 = 1 << 5;
     /// At the end of the socket its network namespace had as many TIME_WAIT sockets as it may have: whether this
     /// one got a mini-socket is not certain.
@@ -268,6 +268,8 @@ wire! {
         pub signal: u32,
         /// `signal_struct.live`
         pub signal_live: u32,
+        /// `signal_struct.flags`
+        pub signal_flags: u32,
         /// `socket.sk`
         pub socket_sk: u32,
         /// Bit number of `SOCK_DONE` in `sk_flags`.

@@ -5,7 +5,6 @@
 //! is worse than none.
 
 use aya_ebpf::cty::{c_int, c_void};
-use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_from_file};
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
@@ -37,7 +36,8 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
             }
             (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::FIN_WAIT1 | tcp::LAST_ACK) => true,
             // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear; or `tcp_abort`.
-            (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT | tcp::FIN_WAIT1 | tcp::FIN_WAIT2, tcp::CLOSE) => {
+            // After a FIN of ours the local close was made before, by whom we may not know.
+            (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::CLOSE) => {
                 let err = sock::sk_err(sk);
                 aborted = err == sock::ECONNABORTED;
                 conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || aborted)
@@ -63,7 +63,7 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
         if conn::pid_asked(&task) {
             conn.marks |= mark::CLOSER_ASKED;
         }
-        if conn.owner_source != source::NONE && conn.owner.tgid == task.tgid {
+        if conn.owner_source != source::NONE && conn.owner.tgid == task.tgid && conn.owner.start_ns == task.start_ns {
             // It may have called `exec` since: a new name.
             own(conn, &task, conn.owner_source);
         } else if conn.owner_source == source::NONE && !aborted {
@@ -103,8 +103,8 @@ fn tcp_rcv_space_adjust(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     unsafe {
         let Some(conn) = conn::get(sk) else { return 0 };
-        let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-        if conn.owner_source == source::READ && conn.owner.tgid == tgid {
+        let current = sock::current();
+        if conn.owner_source == source::READ && sock::is_still(&conn.owner, current) {
             return 0;
         }
         // `tcp_read_sock` reads in softirq for kernel TLS and sockmap: no process there.
@@ -112,7 +112,7 @@ fn tcp_rcv_space_adjust(ctx: BtfTracePointContext) -> i32 {
             return 0;
         }
         let mut task = Task::NONE;
-        if sock::process(sock::current(), &raw mut task) == Who::Process {
+        if sock::process(current, &raw mut task) == Who::Process {
             own(conn, &task, source::READ);
         }
     }

@@ -90,6 +90,8 @@ const AF_INET6: u16 = 10;
 const PF_EXITING: u32 = 0x4;
 /// `include/linux/sched.h`: a kernel thread.
 const PF_KTHREAD: u32 = 0x0020_0000;
+/// `include/linux/sched/signal.h`: a process that exits or is killed, with all its threads.
+const SIGNAL_GROUP_EXIT: u32 = 0x4;
 /// `include/uapi/asm-generic/errno.h`
 pub(crate) const ECONNABORTED: u32 = 103;
 
@@ -260,7 +262,7 @@ pub(crate) unsafe fn describe(sk: Sock, record: *mut Record) {
 pub(crate) enum Who {
     /// A process.
     Process,
-    /// A process that is exiting.
+    /// A process that is exiting: not only one of its threads.
     Exiting,
     /// A kernel thread; the [`Task`] is not written.
     Kernel,
@@ -292,7 +294,40 @@ pub(crate) unsafe fn process(task: *mut c_void, out: *mut Task) -> Who {
         (&raw mut (*out).uid).write_volatile(load!(cred, cred_uid, u32));
         let comm = leader.cast::<u8>().add(offset!(comm) as usize).cast::<u64>();
         copy_words::<2>((&raw mut (*out).comm).cast(), comm);
-        if flags & PF_EXITING != 0 { Who::Exiting } else { Who::Process }
+        // A thread that exits may have files of its own, and its process live on.
+        if flags & PF_EXITING == 0 || !exits(task) { Who::Process } else { Who::Exiting }
+    }
+}
+
+/// Whether the process of `task`, a thread that is exiting, exits with it.
+///
+/// # Safety
+/// As for [`process`].
+#[inline(always)]
+unsafe fn exits(task: *mut c_void) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let signal = load!(task, signal, *mut c_void);
+        load!(signal, signal_live, u32) == 0 || load!(signal, signal_flags, u32) & SIGNAL_GROUP_EXIT != 0
+    }
+}
+
+/// Whether the process of `task` is `known`, under the name that it had then: an id may be used again, and a process may
+/// call `exec`.
+///
+/// # Safety
+/// `task` is a BTF pointer to a `struct task_struct`.
+#[inline(always)]
+pub(crate) unsafe fn is_still(known: &Task, task: *mut c_void) -> bool {
+    // SAFETY: by the caller's word; a name is two words.
+    unsafe {
+        let leader = load!(task, group_leader, *mut c_void);
+        let comm = leader.cast::<u8>().add(offset!(comm) as usize).cast::<u64>();
+        let known_comm = (&raw const known.comm).cast::<u64>();
+        known.tgid == load!(task, tgid, u32)
+            && known.start_ns == load!(leader, start_boottime, u64)
+            && known_comm.read_volatile() == comm.read_volatile()
+            && known_comm.add(1).read_volatile() == comm.add(1).read_volatile()
     }
 }
 

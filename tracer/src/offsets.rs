@@ -74,6 +74,7 @@ impl Types {
             cred_uid: offset("cred", "uid")?,
             signal: offset("task_struct", "signal")?,
             signal_live: offset("signal_struct", "live")?,
+            signal_flags: offset("signal_struct", "flags")?,
             socket_sk: offset("socket", "sk")?,
             sock_done: self.enumerator("sock_flags", "SOCK_DONE")?,
         })
