@@ -129,14 +129,22 @@ pub(crate) fn nginx(settings: &str) -> Server {
 
 /// Apache as Debian ships it: its accept filter makes listeners use `TCP_DEFER_ACCEPT`.
 pub(crate) fn apache() -> Server {
+    apache_with("event")
+}
+
+/// The same, with `mpm` to share the work among processes and threads.
+pub(crate) fn apache_with(mpm: &str) -> Server {
     Server::start(|directory, port| {
         let d = directory.display();
+        let workers = match mpm {
+            "prefork" => "StartServers 5\nServerLimit 16",
+            _ => "StartServers 1\nMinSpareThreads 1\nMaxSpareThreads 64\nThreadsPerChild 16\nServerLimit 1",
+        };
         let config = format!(
             "ServerName localhost\nListen 127.0.0.1:{port}\nAcceptFilter http data\n\
-             LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so\n\
+             LoadModule mpm_{mpm}_module /usr/lib/apache2/modules/mod_mpm_{mpm}.so\n\
              LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so\n\
-             StartServers 1\nMinSpareThreads 1\nMaxSpareThreads 64\nThreadsPerChild 16\nMaxRequestWorkers 16\n\
-             ServerLimit 1\nUser nobody\nGroup nogroup\nPidFile {d}/pid\nErrorLog {d}/error.log\nDocumentRoot {d}\n\
+             {workers}\nMaxRequestWorkers 16\nUser nobody\nGroup nogroup\nPidFile {d}/pid\nErrorLog {d}/error.log\nDocumentRoot {d}\n\
              KeepAlive On\nKeepAliveTimeout 1\n"
         );
         let path = directory.join("apache.conf");
