@@ -1,14 +1,16 @@
 //! Processes as the kernel named them in, described processes out: executable, cgroup, container.
 //!
-//! Looked up in `/proc` once for each process and kept in a bounded cache. A process id alone is no name: whatever is
-//! read belongs to the process that started at the moment the kernel gave, or is not used. What cannot be read, for
-//! whatever reason, is left out; nothing here fails.
+//! Looked up in `/proc` and kept for a while in a bounded cache. A process id alone is no name: whatever is read belongs
+//! to the process that started at the moment the kernel gave, or is not used. Nor is the executable of a process that
+//! has another name by now: it may have called `execve` since. What cannot be read, for whatever reason, is left out;
+//! nothing here fails.
 
 use std::ffi::CString;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use rustix::fs::{CWD, Mode, OFlags, openat, readlinkat};
@@ -20,6 +22,8 @@ use crate::event::Process;
 
 /// Processes that are kept.
 const CACHED: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+/// How long what was read is believed: a process may call `execve` and keep its name, or be moved to another cgroup.
+const BELIEVED: Duration = Duration::from_secs(1);
 /// Bytes of a file in `/proc` that are read; a longer `cgroup` is not a cgroup's.
 const MAX_FILE: usize = 16 << 10;
 
@@ -28,6 +32,8 @@ pub struct Processes {
     proc: PathBuf,
     /// By process id and start time.
     cache: LruCache<(u32, u64), Cached>,
+    /// [`BELIEVED`]
+    believed: Duration,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,9 +44,10 @@ struct Details {
 }
 
 struct Cached {
-    /// The name it had when it was looked up: a new name is the trace of an `execve`.
+    /// The name that was asked for: another one is the trace of an `execve`.
     comm: [u8; 16],
     details: Details,
+    read_at: Instant,
 }
 
 impl Default for Processes {
@@ -57,7 +64,7 @@ impl Processes {
 
     /// With another directory for `/proc`.
     fn at(proc: &Path) -> Self {
-        Self { proc: proc.to_owned(), cache: LruCache::new(CACHED) }
+        Self { proc: proc.to_owned(), cache: LruCache::new(CACHED), believed: BELIEVED }
     }
 
     /// Describes a process. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
@@ -76,20 +83,25 @@ impl Processes {
 
     fn details(&mut self, task: &Task) -> Details {
         let key = (task.pid, task.start_ns);
+        let now = Instant::now();
         if let Some(cached) = self.cache.get(&key)
             && cached.comm == task.comm
+            && now.duration_since(cached.read_at) < self.believed
         {
             return cached.details.clone();
         }
         let read = read(&self.proc, task);
-        // The name changes when the process is gone, too: what was read while it lived is the better answer.
         if read.is_gone
-            && let Some(cached) = self.cache.get(&key)
+            && let Some(cached) = self.cache.get_mut(&key)
         {
-            return cached.details.clone();
+            // What was read while it lived. Under another name it may have run another program.
+            cached.read_at = now;
+            let mut details = cached.details.clone();
+            details.exe = details.exe.filter(|_| cached.comm == task.comm);
+            return details;
         }
         if read.is_final {
-            self.cache.put(key, Cached { comm: task.comm, details: read.details.clone() });
+            self.cache.put(key, Cached { comm: task.comm, details: read.details.clone(), read_at: now });
         }
         read.details
     }
@@ -120,22 +132,25 @@ fn read(proc: &Path, task: &Task) -> Read {
         Err(_) => return Read::default(),
     };
     // The directory stays that of one process even if the id is given to another one meanwhile. The second check costs
-    // little, and does not depend on that.
-    match started(directory.as_fd(), task) {
-        Ok(true) => {}
-        Ok(false) => return Read::gone(),
+    // little, does not depend on that, and notices an `execve` between the two.
+    match identity(directory.as_fd(), task) {
+        Ok(Identity::Other) => return Read::gone(),
+        Ok(Identity::Same | Identity::Renamed) => {}
         Err(error) if is_gone(error) => return Read::gone(),
         Err(_) => return Read::default(),
     }
     let exe = readlinkat(&directory, "exe", Vec::new()).map(|path: CString| text(path.as_bytes()));
     let cgroups = read_file(directory.as_fd(), "cgroup");
-    if !matches!(started(directory.as_fd(), task), Ok(true)) {
-        return Read::gone();
-    }
+    let name_is_certain = match identity(directory.as_fd(), task) {
+        Ok(Identity::Same) => true,
+        Ok(Identity::Renamed) => false,
+        Ok(Identity::Other) | Err(_) => return Read::gone(),
+    };
     let is_final = [exe.as_ref().err(), cgroups.as_ref().err()].into_iter().flatten().all(|error| is_gone(*error));
     let cgroup = cgroups.ok().and_then(|file| cgroup(&file).map(text));
     let container = cgroup.as_deref().and_then(container).map(str::to_owned);
-    Read { details: Details { exe: exe.ok(), cgroup, container }, is_gone: false, is_final }
+    let exe = exe.ok().filter(|_| name_is_certain);
+    Read { details: Details { exe, cgroup, container }, is_gone: false, is_final }
 }
 
 /// The process does not exist any more, or what was asked for never did (kernel threads have no `exe`).
@@ -143,10 +158,23 @@ const fn is_gone(error: Errno) -> bool {
     matches!(error, Errno::NOENT | Errno::SRCH)
 }
 
-/// Whether the process behind this directory is the one that the kernel named.
-fn started(directory: BorrowedFd<'_>, task: &Task) -> rustix::io::Result<bool> {
+/// How the process behind a directory compares with the one that the kernel named.
+enum Identity {
+    Same,
+    /// The same with another name: it may run another program.
+    Renamed,
+    Other,
+}
+
+fn identity(directory: BorrowedFd<'_>, task: &Task) -> rustix::io::Result<Identity> {
     let stat = read_file(directory, "stat")?;
-    Ok(start_ticks(&stat) == Some(task.start_ns / TICK_NS))
+    Ok(if start_ticks(&stat) != Some(task.start_ns / TICK_NS) {
+        Identity::Other
+    } else if stat_comm(&stat) == Some(until_nul(&task.comm)) {
+        Identity::Same
+    } else {
+        Identity::Renamed
+    })
 }
 
 fn read_file(directory: BorrowedFd<'_>, name: &str) -> rustix::io::Result<Vec<u8>> {
@@ -168,6 +196,13 @@ fn read_file(directory: BorrowedFd<'_>, name: &str) -> rustix::io::Result<Vec<u8
 /// The start of the process in clock ticks since boot.
 fn start_ticks(stat: &[u8]) -> Option<u64> {
     stat_field(stat, 22)
+}
+
+/// The name in `/proc/<pid>/stat`, as it is.
+fn stat_comm(stat: &[u8]) -> Option<&[u8]> {
+    let from = stat.iter().position(|byte| *byte == b'(')? + 1;
+    let to = stat.iter().rposition(|byte| *byte == b')')?;
+    stat.get(from..to)
 }
 
 /// A field of `/proc/<pid>/stat` behind the name, as proc(5) numbers them: 3 and more. The name in field 2 may hold
@@ -249,11 +284,13 @@ mod tests {
             Processes::at(self.0.path())
         }
 
+        /// The name is the last part of the executable's path.
         fn start(&self, pid: u32, ticks: u64, exe: &str) {
+            let name = exe.rsplit('/').next().expect("a name");
             let directory = self.0.path().join(pid.to_string());
             self.end(pid);
             fs::create_dir(&directory).expect("a directory");
-            fs::write(directory.join("stat"), stat("x", ticks)).expect("stat");
+            fs::write(directory.join("stat"), stat(name, ticks)).expect("stat");
             fs::write(directory.join("cgroup"), format!("0::/system.slice/docker-{ID}.scope\n")).expect("cgroup");
             std::os::unix::fs::symlink(exe, directory.join("exe")).expect("exe");
         }
@@ -302,6 +339,14 @@ mod tests {
     }
 
     #[test]
+    fn a_new_name_lends_no_executable_to_the_old_one() {
+        let fake = Fake::new();
+        fake.start(7, 500, "/usr/bin/curl");
+        let process = fake.processes().describe(&task(7, 500, "sh"));
+        assert_eq!((process.exe, process.container.as_deref()), (None, Some("0123456789ab")));
+    }
+
+    #[test]
     fn a_reused_id_lends_nothing() {
         let fake = Fake::new();
         let mut processes = fake.processes();
@@ -319,9 +364,12 @@ mod tests {
         processes.describe(&task(7, 500, "a"));
         fake.end(7);
         assert_eq!(processes.describe(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
-        assert_eq!(processes.describe(&task(7, 500, "renamed")).exe.as_deref(), Some("/bin/a"));
+        // It may have called `execve` before it ended; its container is the same.
+        let renamed = processes.describe(&task(7, 500, "renamed"));
+        assert_eq!((renamed.exe, renamed.container.as_deref()), (None, Some("0123456789ab")));
+        assert_eq!(processes.describe(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
         fake.start(7, 900, "/bin/b");
-        assert_eq!(processes.describe(&task(7, 900, "a")).exe.as_deref(), Some("/bin/b"));
+        assert_eq!(processes.describe(&task(7, 900, "b")).exe.as_deref(), Some("/bin/b"));
     }
 
     #[test]
@@ -332,6 +380,18 @@ mod tests {
         assert_eq!(processes.describe(&task(7, 500, "sh")).exe.as_deref(), Some("/bin/sh"));
         fake.start(7, 500, "/usr/bin/curl");
         assert_eq!(processes.describe(&task(7, 500, "curl")).exe.as_deref(), Some("/usr/bin/curl"));
+    }
+
+    #[test]
+    fn an_execve_that_keeps_the_name_is_noticed_after_a_while() {
+        let fake = Fake::new();
+        let mut processes = fake.processes();
+        fake.start(7, 500, "/opt/one/server");
+        assert_eq!(processes.describe(&task(7, 500, "server")).exe.as_deref(), Some("/opt/one/server"));
+        fake.start(7, 500, "/opt/two/server");
+        assert_eq!(processes.describe(&task(7, 500, "server")).exe.as_deref(), Some("/opt/one/server"));
+        processes.believed = Duration::ZERO;
+        assert_eq!(processes.describe(&task(7, 500, "server")).exe.as_deref(), Some("/opt/two/server"));
     }
 
     #[test]
@@ -370,7 +430,8 @@ mod tests {
         let pid = std::process::id();
         let stat = fs::read(format!("/proc/{pid}/stat")).expect("stat");
         let ticks = start_ticks(&stat).expect("a start time");
-        let process = Processes::new().describe(&task(pid, ticks, "me"));
+        let comm = fs::read_to_string("/proc/self/comm").expect("comm");
+        let process = Processes::new().describe(&task(pid, ticks, comm.trim_end()));
         assert_eq!(process.exe, Some(std::env::current_exe().expect("a path").to_string_lossy().into_owned()));
     }
 
@@ -386,6 +447,7 @@ mod tests {
     fn start_times_are_read_past_any_name() {
         for comm in ["x", "a b", ") S 1 2 3", "((", "a) b) c", ""] {
             assert_eq!(start_ticks(stat(comm, 4711).as_bytes()), Some(4711), "{comm:?}");
+            assert_eq!(stat_comm(stat(comm, 4711).as_bytes()), Some(comm.as_bytes()), "{comm:?}");
         }
         assert_eq!(start_ticks(b"7 (\xff\xfe) S 1 7 7 0 -1 0 1 2 3 4 5 6 7 8 20 0 1 0 99 1"), Some(99));
         for broken in
