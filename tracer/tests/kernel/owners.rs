@@ -63,11 +63,14 @@ fn forked_after_accept_and_another_program() {
     one_exchange(
         "connection, _ = listener.accept()\n\
          program = f'import socket; c = socket.socket(fileno=0); c.recv(4096); c.sendall({RESPONSE!r})'\n\
+         alone, tell_alone = os.pipe()\n\
          def child():\n\
+        \x20    os.read(alone, 1)\n\
         \x20    os.dup2(connection.fileno(), 0)\n\
         \x20    os.execvp('python3', ['python3', '-c', f'{program}; c.close()'])\n\
          child = fork(child)\n\
          connection.close()\n\
+         os.write(tell_alone, b'x')\n\
          reap(child)\n\
          say(child)",
     );
@@ -111,6 +114,7 @@ fn passed_to_an_unrelated_process() {
          say('waiting')\n\
          sender, _ = unix.accept()\n\
          _, fds, _, _ = socket.recv_fds(sender, 1, 1)\n\
+         sender.recv(1)\n\
          serve(socket.socket(fileno=fds[0]))",
     );
     handler.expect("waiting");
@@ -122,7 +126,8 @@ fn passed_to_an_unrelated_process() {
          say('listening')\n\
          connection, _ = listener.accept()\n\
          socket.send_fds(unix, [b'x'], [connection.fileno()])\n\
-         connection.close()",
+         connection.close()\n\
+         unix.send(b'x')",
     );
     acceptor.expect("listening");
     let client = exchange(port);

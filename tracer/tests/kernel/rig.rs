@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
@@ -372,7 +373,10 @@ pub(crate) struct Listener {
 impl Listener {
     pub(crate) fn new() -> Self {
         let port = free_port();
-        Self { listener: TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free"), port }
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free");
+        // Should nobody connect, `accept` fails.
+        set_socket_timeout(&listener, Timeout::Recv, Some(PATIENCE)).expect("a time-out can be set");
+        Self { listener, port }
     }
 
     pub(crate) fn connect(&self) -> Pair {

@@ -46,7 +46,9 @@ def listen(backlog=64):
 
 
 def connect():
-    return socket.create_connection(('127.0.0.1', PORT))
+    connection = socket.socket()
+    connection.connect(('127.0.0.1', PORT))
+    return connection
 
 
 def read(connection, size=len(REQUEST)):
@@ -162,3 +164,12 @@ class Ring:
         self.run(self.SEND, fd, ctypes.addressof(answer), len(RESPONSE), flags=flags)
         self.run(self.CLOSE, fd, flags=flags)
 
+    def register_slots(self, count):
+        """Room for files that are in the ring alone, without a descriptor."""
+        slots = struct.pack('=IIQQQ', count, self.REGISTER_SPARSE, 0, 0, 0)
+        syscall(SYS_IO_URING_REGISTER, self.fd, self.REGISTER_FILES2, ctypes.create_string_buffer(slots, 32), 32)
+
+    def close(self):
+        self.sqes.close()
+        self.rings.close()
+        os.close(self.fd)
