@@ -111,7 +111,7 @@ impl Processes {
 #[derive(Default)]
 struct Read {
     details: Details,
-    /// The process no longer exists.
+    /// The process no longer exists, or has given up most of what it had: what was read before says more.
     is_gone: bool,
     /// Asking again would not tell more: all was read, or what was not does not exist.
     is_final: bool,
@@ -134,23 +134,21 @@ fn read(proc: &Path, task: &Task) -> Read {
     // The directory stays that of one process even if the id is given to another one meanwhile. The second check costs
     // little, does not depend on that, and notices an `execve` between the two.
     match identity(directory.as_fd(), task) {
-        Ok(Identity::Other) => return Read::gone(),
-        Ok(Identity::Same | Identity::Renamed) => {}
+        Ok(Some(_)) => {}
+        Ok(None) => return Read::gone(),
         Err(error) if is_gone(error) => return Read::gone(),
         Err(_) => return Read::default(),
     }
     let exe = readlinkat(&directory, "exe", Vec::new()).map(|path: CString| text(path.as_bytes()));
     let cgroups = read_file(directory.as_fd(), "cgroup");
-    let name_is_certain = match identity(directory.as_fd(), task) {
-        Ok(Identity::Same) => true,
-        Ok(Identity::Renamed) => false,
-        Ok(Identity::Other) | Err(_) => return Read::gone(),
+    let Ok(Some(Identity { has_its_name, exits })) = identity(directory.as_fd(), task) else {
+        return Read::gone();
     };
     let is_final = [exe.as_ref().err(), cgroups.as_ref().err()].into_iter().flatten().all(|error| is_gone(*error));
-    let cgroup = cgroups.ok().and_then(|file| cgroup(&file).map(text));
+    let cgroup = cgroups.ok().and_then(|file| cgroup(&file, exits).map(text));
     let container = cgroup.as_deref().and_then(container).map(str::to_owned);
-    let exe = exe.ok().filter(|_| name_is_certain);
-    Read { details: Details { exe, cgroup, container }, is_gone: false, is_final }
+    let exe = exe.ok().filter(|_| has_its_name);
+    Read { details: Details { exe, cgroup, container }, is_gone: exits, is_final }
 }
 
 /// The process does not exist any more, or what was asked for never did (kernel threads have no `exe`).
@@ -158,23 +156,23 @@ const fn is_gone(error: Errno) -> bool {
     matches!(error, Errno::NOENT | Errno::SRCH)
 }
 
-/// How the process behind a directory compares with the one that the kernel named.
-enum Identity {
-    Same,
-    /// The same with another name: it may run another program.
-    Renamed,
-    Other,
+/// A process that is the one which the kernel named.
+struct Identity {
+    /// With another name it may run another program.
+    has_its_name: bool,
+    /// It is exiting, or a zombie.
+    exits: bool,
 }
 
-fn identity(directory: BorrowedFd<'_>, task: &Task) -> rustix::io::Result<Identity> {
+/// `None`: another one is behind this directory.
+fn identity(directory: BorrowedFd<'_>, task: &Task) -> rustix::io::Result<Option<Identity>> {
+    /// `include/linux/sched.h`
+    const PF_EXITING: u32 = 0x4;
     let stat = read_file(directory, "stat")?;
-    Ok(if start_ticks(&stat) != Some(task.start_ns / TICK_NS) {
-        Identity::Other
-    } else if stat_comm(&stat) == Some(until_nul(&task.comm)) {
-        Identity::Same
-    } else {
-        Identity::Renamed
-    })
+    Ok((start_ticks(&stat) == Some(task.start_ns / TICK_NS)).then(|| Identity {
+        has_its_name: stat_comm(&stat) == Some(until_nul(&task.comm)),
+        exits: stat_field::<u32>(&stat, 9).is_none_or(|flags| flags & PF_EXITING != 0),
+    }))
 }
 
 fn read_file(directory: BorrowedFd<'_>, name: &str) -> rustix::io::Result<Vec<u8>> {
@@ -213,8 +211,9 @@ pub(crate) fn stat_field<T: FromStr>(stat: &[u8], number: usize) -> Option<T> {
     rest.split_ascii_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
 }
 
-/// The path in the cgroup-v2 hierarchy; where that is the root or missing, the first other one that says more.
-fn cgroup(file: &[u8]) -> Option<&[u8]> {
+/// The path in the cgroup-v2 hierarchy; where that is the root or missing, the first other one that says more. In those
+/// others a process that `exits` is shown in the root, wherever it was.
+fn cgroup(file: &[u8], exits: bool) -> Option<&[u8]> {
     let mut v2 = None;
     let mut v1 = None;
     for line in file.split(|byte| *byte == b'\n') {
@@ -230,6 +229,7 @@ fn cgroup(file: &[u8]) -> Option<&[u8]> {
         }
     }
     match (v2, v1) {
+        (Some(b"/") | None, Some(b"/")) if exits => None,
         (Some(b"/") | None, Some(path)) if path != b"/" => Some(path),
         (Some(path), _) => Some(path),
         (None, v1) => v1,
@@ -373,6 +373,25 @@ mod tests {
     }
 
     #[test]
+    fn a_zombie_is_described_as_it_was() {
+        let fake = Fake::new();
+        let mut processes = fake.processes();
+        processes.believed = Duration::ZERO;
+        fake.start(7, 500, "/bin/a");
+        assert_eq!(processes.describe(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
+        let directory = fake.0.path().join("7");
+        fs::remove_file(directory.join("exe")).expect("removed");
+        fs::write(directory.join("stat"), stat("a", 500).replace("4194560", "4194564")).expect("stat");
+        fs::write(directory.join("cgroup"), "2:cpu:/\n0::/\n").expect("cgroup");
+        for _ in 0..2 {
+            let process = processes.describe(&task(7, 500, "a"));
+            assert_eq!((process.exe.as_deref(), process.container.as_deref()), (Some("/bin/a"), Some("0123456789ab")));
+        }
+        let unknown = fake.processes().describe(&task(7, 500, "a"));
+        assert_eq!((unknown.exe, unknown.cgroup), (None, None));
+    }
+
+    #[test]
     fn an_execve_is_noticed_by_its_name() {
         let fake = Fake::new();
         let mut processes = fake.processes();
@@ -472,8 +491,13 @@ mod tests {
             ("nonsense\n0:\n", None),
         ];
         for (file, expected) in cases {
-            assert_eq!(cgroup(file.as_bytes()).map(|path| str::from_utf8(path).expect("UTF-8")), expected, "{file:?}");
+            let found = cgroup(file.as_bytes(), false).map(|path| str::from_utf8(path).expect("UTF-8"));
+            assert_eq!(found, expected, "{file:?}");
         }
+        // Of a process that exits, version 1 no longer tells.
+        assert_eq!(cgroup(b"2:cpu:/\n0::/\n", true), None);
+        assert_eq!(cgroup(b"2:cpu:/\n0::/a\n", true), Some(&b"/a"[..]));
+        assert_eq!(cgroup(b"0::/\n", true), Some(&b"/"[..]));
     }
 
     #[test]

@@ -219,6 +219,38 @@ fn gone_before_it_was_looked_up() {
 }
 
 #[test]
+fn a_zombie() {
+    // Its executable is gone, and in cgroup v1 it is shown in the root.
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    stopped(&tracer);
+    let script = format!(
+        "def child():\n\
+        \x20    connection = connect()\n\
+        \x20    {}\n\
+        \x20    connection.close()\n\
+         pid = fork(child)\n\
+         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)\n\
+         say(pid)\n\
+         hear()",
+        ASK.replace('\n', "; ")
+    );
+    let client = Script::start(listener.port, &script);
+    let (mut server, port) = listener.accept();
+    answer(&mut server);
+    end_of(&mut server);
+    drop(server);
+    let pid: u32 = client.hear_number();
+    tracer.signal(Signal::CONT);
+    let close = tracer.wait_for_close(port, listener.port);
+    expect(&close, &json!({ "process": { "pid": pid, "comm": "python3", "exe": null } }));
+    // All of these processes are in one cgroup.
+    let ours = &tracer.wait_for_close(listener.port, port)["process"]["cgroup"];
+    let cgroup = &close["process"]["cgroup"];
+    assert!(cgroup.is_null() || cgroup == ours, "{cgroup} is not {ours}");
+}
+
+#[test]
 fn an_id_that_is_used_again_lends_nothing() {
     // `/proc` knows start times to a clock tick, 10 ms: the second process starts in another one.
     let listener = Listener::new();
@@ -353,6 +385,7 @@ fn a_pid_that_gives_its_socket_away() {
              say('waiting')\n\
              peer, _ = unix.accept()\n\
              connection = socket.socket(fileno=socket.recv_fds(peer, 1, 1)[1][0])\n\
+             peer.recv(1)\n\
              {ASK}\n\
              connection.close()\n\
              connection = connect()\n\
@@ -376,6 +409,7 @@ fn a_pid_that_gives_its_socket_away() {
              connection = connect()\n\
              socket.send_fds(unix, [b'x'], [connection.fileno()])\n\
              connection.close()\n\
+             unix.send(b'x')\n\
              fd = socket.recv_fds(unix, 1, 1)[1][0]\n\
              unix.recv(1)\n\
              os.close(fd)\n\
