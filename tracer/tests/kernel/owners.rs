@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, Tracer, end_of, expect, free_port, wait_until};
+use crate::rig::{Listener, Namespace, Tracer, end_of, expect, free_port, run, wait_until};
 use crate::script::{REQUEST, RESPONSE, Script, connect, exchange, read_request};
 use crate::servers::{self, Client};
 
@@ -317,6 +317,53 @@ fn by_the_exit_of_a_thread_with_files_of_its_own() {
 }
 
 #[test]
+fn multipath_tcp_after_its_process_has_closed_and_gone() {
+    // A kernel thread sends the FIN, once the peer has acknowledged the end of the data: here not before the process exits.
+    let namespace = Namespace::new("mptcp");
+    let port = free_port();
+    let tracer = Tracer::on_port(port);
+    let socket = "socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)";
+    let server = format!(
+        "listener = {socket}\n\
+         listener.bind(('127.0.0.1', PORT))\n\
+         listener.listen()\n\
+         say('listening')\n\
+         connection, _ = listener.accept()\n\
+         read(connection)\n\
+         connection.sendall(RESPONSE)\n\
+         assert not connection.recv(1)\n\
+         connection.close()\n\
+         hear()"
+    );
+    let client = format!(
+        "connection = {socket}\n\
+         connection.connect(('127.0.0.1', PORT))\n\
+         connection.sendall(REQUEST)\n\
+         read(connection, len(RESPONSE))\n\
+         say(connection.getsockname()[1])\n\
+         hear()\n\
+         connection.close()"
+    );
+    let server = namespace.enter(|| Script::start(port, &server));
+    server.expect("listening");
+    let mut client = namespace.enter(|| Script::start(port, &client));
+    let own: u16 = client.hear_number();
+    let nft = |command: &str| namespace.enter(|| run(Command::new("nft").arg(command)));
+    nft("table inet vanish { chain input { type filter hook input priority 0; policy drop; }; }");
+    client.tell("close");
+    client.ends();
+    nft("delete table inet vanish");
+    // The subflows' ends say what they know, and no more.
+    let at_client = tracer.wait_for_close(own, port);
+    expect(
+        &at_client,
+        &json!({ "cause": "request_close", "process": { "pid": client.pid(), "source": "connect" }, "closer": null }),
+    );
+    let at_server = tracer.wait_for_close(port, own);
+    assert!(at_server["process"].is_null() || at_server["process"]["pid"] == server.pid(), "{at_server:#}");
+}
+
+#[test]
 fn by_a_process_that_had_shut_it_down_before_the_start() {
     // The FIN left long ago, and not because of the exit.
     let listener = Listener::new();
@@ -368,7 +415,7 @@ fn nginx_its_worker_and_not_its_master() {
 /// The process at the server's end of a connection that is open.
 fn owner(server: u16, client: u16) -> u32 {
     let filter = format!("( sport = :{server} and dport = :{client} )");
-    let line = crate::rig::run(Command::new("ss").args(["-Htnp", "state", "established", &filter]));
+    let line = run(Command::new("ss").args(["-Htnp", "state", "established", &filter]));
     let pid = line.split_once("pid=").and_then(|(_, rest)| rest.split_once(',')).expect("an owner").0;
     pid.parse().expect("a process id")
 }
