@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::decode::{Fact, Socket, Task};
-use crate::event::{Cause, Close, ClosedBy, Event, Final, FinalSource, How, Source, State, StateAt, TcpState};
+use crate::event::{Cause, Close, ClosedBy, Event, Final, FinalSource, How, Process, Source, State, StateAt, TcpState};
 use crate::process::Processes;
 use crate::time_wait::{Answer, Question, SockDiag};
 use crate::verdict::{self, Ending, Fate};
@@ -263,10 +263,10 @@ impl Connections {
     }
 
     fn close(&mut self, socket: &Socket, ending: &Ending) -> Close {
-        let process = socket.owner.map(|task| self.processes.describe(&task));
+        let process = self.owner(socket);
         let closer = socket
             .closer
-            .filter(|closer| socket.owner.is_none_or(|owner| !same(&owner, closer)))
+            .filter(|closer| socket.owner.is_none_or(|owner| !same(&owner, closer)) && !self.processes.is_own(closer))
             .map(|task| self.processes.describe(&Task { source: Source::Close, ..task }));
         let zero = socket.established_ns.or_else(|| socket.states.first().map(|(_, at)| *at)).unwrap_or(socket.at_ns);
         Close {
@@ -299,6 +299,11 @@ impl Connections {
         }
     }
 
+    fn owner(&mut self, socket: &Socket) -> Option<Process> {
+        let owner = socket.owner.filter(|task| !self.processes.is_own(task))?;
+        Some(self.processes.describe(&owner))
+    }
+
     fn state(&mut self, socket: &Socket, old: TcpState, new: TcpState, at_ns: u64) -> Event {
         // A transition into the same state (FIN_WAIT1 twice) is not kept as one.
         let earlier = if old == new { 0 } else { 1 };
@@ -310,7 +315,7 @@ impl Connections {
             local: socket.local,
             remote: socket.remote,
             role: socket.role,
-            process: socket.owner.map(|task| self.processes.describe(&task)),
+            process: self.owner(socket),
             old,
             new,
             delta_us: before.map(|before| at_ns.saturating_sub(before) / 1000),

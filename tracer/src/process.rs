@@ -34,6 +34,8 @@ pub struct Processes {
     cache: LruCache<(u32, u64), Cached>,
     /// [`BELIEVED`]
     believed: Duration,
+    /// Process id and start in clock ticks of this process.
+    own: Option<(u32, u64)>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,7 +66,15 @@ impl Processes {
 
     /// With another directory for `/proc`.
     fn at(proc: &Path) -> Self {
-        Self { proc: proc.to_owned(), cache: LruCache::new(CACHED), believed: BELIEVED }
+        let own = std::fs::read("/proc/self/stat").ok().and_then(|stat| start_ticks(&stat));
+        let own = own.map(|start| (std::process::id(), start));
+        Self { proc: proc.to_owned(), cache: LruCache::new(CACHED), believed: BELIEVED, own }
+    }
+
+    /// Whether it is this process, which owns no connection: but its walk over the open files at the start holds each of
+    /// them for a moment, and if it is closed in that moment, its end is ours to make.
+    pub fn is_own(&self, task: &Task) -> bool {
+        self.own == Some((task.pid, task.start_ns / TICK_NS))
     }
 
     /// Describes a process. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
@@ -452,6 +462,14 @@ mod tests {
         let comm = fs::read_to_string("/proc/self/comm").expect("comm");
         let process = Processes::new().describe(&task(pid, ticks, comm.trim_end()));
         assert_eq!(process.exe, Some(std::env::current_exe().expect("a path").to_string_lossy().into_owned()));
+    }
+
+    #[test]
+    fn this_process_knows_itself() {
+        let (pid, ticks) = Processes::new().own.expect("a start time");
+        assert!(Processes::new().is_own(&task(pid, ticks, "me")));
+        assert!(!Processes::new().is_own(&task(pid, ticks + 1, "me")));
+        assert!(!Processes::new().is_own(&task(pid + 1, ticks, "me")));
     }
 
     #[test]
