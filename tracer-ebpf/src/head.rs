@@ -848,6 +848,7 @@ fn not_http(http: &mut Http, direction: usize) {
 #[inline(never)]
 fn reject(http: &mut Http, direction: usize) {
     let s = stream(http, direction);
+    let kind = s.kind;
     if s.marks & mark::PROVISIONAL != 0 {
         s.marks &= !mark::PROVISIONAL;
         s.phase = phase::HUNT;
@@ -863,9 +864,17 @@ fn reject(http: &mut Http, direction: usize) {
                 http.streams[EGRESS].kind = kind::UNKNOWN;
             }
         }
-    } else if http.exchange.protocol <= protocol::UNDECIDED {
+    } else if http.exchange.protocol != protocol::HTTP1 {
         forget(http);
-        stop(http, protocol::OTHER);
+        if kind == kind::REQUESTS && http.exchange.protocol != protocol::OTHER {
+            // A server that cannot read it, or reads more than this scanner, may answer in HTTP all the same.
+            http.exchange.protocol = protocol::OTHER;
+            http.begun = 0;
+            http.named = 0;
+            lose_direction(http, direction);
+        } else {
+            stop(http, protocol::OTHER);
+        }
     } else {
         lose_direction(http, direction);
     }

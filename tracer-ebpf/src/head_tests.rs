@@ -232,13 +232,33 @@ fn start_lines() {
         "HTTP/1.1 200 OK",
     ] {
         let c = request(format!("{line}\r\n\r\n"));
-        assert_eq!((c.x().protocol, c.x().requests, c.x().flags), (protocol::OTHER, 0, 0), "{line}");
+        assert_eq!((c.x().protocol, c.x().requests, c.x().flags), (protocol::OTHER, 0, bit::REQUESTS_LOST), "{line}");
         assert_eq!((c.x().method_len, c.x().target_len), (0, 0));
-        assert_ne!(c.http.stopped, 0);
         let mut c = request("GET / HTTP/1.1\r\nConnection: close\r\n\r\n");
         c.send::<IN>(format!("{line}\r\n\r\n"));
         assert!(c.has(bit::REQUESTS_LOST) && c.x().request_connection & COMPLETE == 0, "{line}");
         assert_eq!(c.x().protocol, protocol::HTTP1);
+    }
+}
+
+#[test]
+fn a_request_that_cannot_be_read_may_be_answered() {
+    // Servers read more than RFC 9112 §3 demands, and answer what they cannot read with 400.
+    for line in ["GET / HTTP/1.2", "GET  / HTTP/1.1", "GET / HTTP/1.1 ", "GET /\u{1b}[1m HTTP/1.1", "GET /", "\0\u{1}"]
+    {
+        let mut c = request(format!("{line}\r\nConnection: close\r\n\r\n"));
+        assert_eq!((c.x().protocol, c.http.stopped), (protocol::OTHER, 0), "{line:?}");
+        c.send::<OUT>("HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 1\r\n\r\n-");
+        let x = c.x();
+        assert_eq!((x.protocol, x.requests, x.responses, x.status), (protocol::HTTP1, 0, 1, 400), "{line:?}");
+        // What it asked for is not known.
+        assert_eq!((x.request_connection, x.response_connection), (0, CLOSE));
+        assert!(c.has(bit::REQUESTS_LOST | bit::HAS_RESPONSE) && !c.has(bit::HAS_REQUEST));
+        // It is another protocol only if the answer is, too.
+        let mut c = request(format!("{line}\r\n\r\n"));
+        c.send::<OUT>("RTSP/1.0 200 OK\r\n\r\n");
+        assert_eq!(c.x().protocol, protocol::OTHER);
+        assert_ne!(c.http.stopped, 0);
     }
 }
 
@@ -586,7 +606,9 @@ fn other_protocols() {
             cut.send_to(direction, &[*byte]);
         }
         assert_eq!(bytes_of(&whole.x()), bytes_of(&cut.x()), "{bytes:?}");
-        (whole.x().protocol, whole.http.stopped != 0)
+        // No bytes of that direction are read any more.
+        let done = whole.http.stopped != 0 || whole.http.streams[direction].phase == phase::LOST;
+        (whole.x().protocol, done)
     };
     for role in [0, SERVER, CLIENT] {
         for direction in [IN, OUT] {
