@@ -173,20 +173,23 @@ mod phase {
     pub(super) const TRAILER: u8 = 24;
     pub(super) const TRAILER_LF: u8 = 25;
     pub(super) const TRAILER_SKIP: u8 = 26;
+    /// In the header of the PROXY protocol, in front of all else: version 1 is a line, version 2 binary.
+    pub(super) const PROXY_LINE: u8 = 27;
+    pub(super) const PROXY: u8 = 28;
     /// `Stream::length` bytes to pass over.
-    pub(super) const BODY: u8 = 27;
-    pub(super) const CHUNK_DATA: u8 = 28;
+    pub(super) const BODY: u8 = 29;
+    pub(super) const CHUNK_DATA: u8 = 30;
     /// Mid-stream: ignore segments until one begins like a head.
-    pub(super) const HUNT: u8 = 29;
+    pub(super) const HUNT: u8 = 31;
     /// Behind a head whose framing is unknown: the next byte loses the direction.
-    pub(super) const UNFRAMED: u8 = 30;
+    pub(super) const UNFRAMED: u8 = 32;
     /// Behind the head of a `CONNECT`: likewise, unless its answer comes first.
-    pub(super) const CONNECT: u8 = 31;
+    pub(super) const CONNECT: u8 = 33;
     /// The rest of the connection is body.
-    pub(super) const UNTIL_CLOSE: u8 = 32;
-    pub(super) const LOST: u8 = 33;
+    pub(super) const UNTIL_CLOSE: u8 = 34;
+    pub(super) const LOST: u8 = 35;
     /// Only within a step: see [`super::reject`].
-    pub(super) const REJECTED: u8 = 34;
+    pub(super) const REJECTED: u8 = 36;
 }
 
 /// Fields of interest ([`Stream::field`]).
@@ -865,8 +868,15 @@ fn reject(http: &mut Http, direction: usize) {
             }
         }
     } else if http.exchange.protocol != protocol::HTTP1 {
+        // SAFETY: word 4 of the exchange is the beginning of `method`.
+        let proxy = unsafe { *exchange_words(http).add(4) } == word_of(b"PROXY");
         forget(http);
-        if kind == kind::REQUESTS && http.exchange.protocol != protocol::OTHER {
+        if kind == kind::REQUESTS && proxy {
+            // A line of the PROXY protocol, version 1.
+            http.begun = 0;
+            http.named = 0;
+            stream(http, direction).phase = phase::PROXY_LINE;
+        } else if kind == kind::REQUESTS && http.exchange.protocol != protocol::OTHER {
             // A server that cannot read it, or reads more than this scanner, may answer in HTTP all the same.
             http.exchange.protocol = protocol::OTHER;
             http.begun = 0;
@@ -1165,8 +1175,10 @@ fn start<const D: usize>(http: &mut Http, window: &Window) -> u32 {
     let byte = window.byte();
     let undecided = http.exchange.protocol <= protocol::UNDECIDED;
     let s = stream(http, D);
-    if byte == 0x16 && undecided && s.marks & mark::PROVISIONAL == 0 {
-        s.phase = phase::TLS_MAJOR;
+    if (byte == 0x16 || byte == 0) && undecided && s.marks & mark::PROVISIONAL == 0 {
+        // The PROXY protocol, version 2, begins with two empty lines and a 0.
+        s.phase = if byte == 0 { phase::PROXY } else { phase::TLS_MAJOR };
+        s.count = 1;
         return 1;
     }
     if s.kind == kind::RESPONSES {
@@ -1894,6 +1906,7 @@ fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
                 s.phase = phase::REJECTED;
             }
         }
+        phase::PROXY_LINE | phase::PROXY => proxy_byte(s, byte),
         phase::HUNT => {
             let word = window.word(0);
             let found = left >= 8
@@ -1913,6 +1926,26 @@ fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         _ => return 0,
     }
     1
+}
+
+/// A byte of the header of the PROXY protocol. Not inlined, for the size of the programs.
+#[inline(never)]
+fn proxy_byte(s: &mut Stream, byte: u8) {
+    const SIGNATURE: u64 = word_of(b"\0\r\nQUIT\n");
+    if s.phase == phase::PROXY_LINE {
+        if byte == b'\n' {
+            s.phase = phase::START;
+        }
+        return;
+    }
+    // Behind the signature: version and command, family, and the length of the rest.
+    s.length = (s.length << 8 | u64::from(byte)) & 0xffff;
+    if s.count < 8 && byte != (SIGNATURE >> ((s.count & 7) * 8)) as u8 {
+        s.phase = phase::REJECTED;
+    } else if s.count == 11 {
+        s.phase = phase::BODY;
+    }
+    s.count += 1;
 }
 
 #[inline(always)]

@@ -638,6 +638,47 @@ fn other_protocols() {
 }
 
 #[test]
+fn a_request_behind_a_proxy_protocol_header() {
+    let v2 = |rest: &[u8]| {
+        let length = (rest.len() as u16).to_be_bytes();
+        [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11"[..], &length, rest].concat()
+    };
+    let headers = [
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 50000 80\r\n".to_vec(),
+        b"PROXY UNKNOWN\r\n".to_vec(),
+        v2(b"\x7f\0\0\x01\x7f\0\0\x01\xc3\x50\0\x50"),
+        v2(b""),
+        v2(&b"GET / HTTP/1.1\r\nConnection: keep-alive\r\n\r\n".repeat(10)),
+    ];
+    let request = b"GET /path HTTP/1.1\r\nConnection: close\r\n\r\n";
+    for role in [0, SERVER] {
+        for header in &headers {
+            let bytes = [&header[..], request].concat();
+            for cut in 0..bytes.len() {
+                let mut c = Connection::new(role);
+                c.send::<IN>(&bytes[..cut]).send::<IN>(&bytes[cut..]).send::<OUT>(OK);
+                let x = c.x();
+                assert_eq!((x.requests, x.responses, x.request_connection), (1, 1, CLOSE), "{header:?} {cut}");
+                assert_eq!((method(&x), target(&x)), (&b"GET"[..], &b"/path"[..]));
+                assert!(!c.has(bit::REQUESTS_LOST) && c.has(bit::HAS_RESPONSE));
+            }
+            let mut c = Connection::new(role);
+            c.send::<IN>(header).send::<IN>("\x16\x03\x01");
+            assert_eq!(c.x().protocol, protocol::TLS);
+            // Only in front.
+            let mut c = Connection::new(role);
+            c.send::<IN>(request).send::<IN>(header);
+            assert!(c.x().requests == 1 && c.x().request_connection & COMPLETE == 0 || c.has(bit::REQUESTS_LOST));
+        }
+    }
+    for bytes in [&b"\r\n\r\n\0\r\nQUIT\0\x21\x11\0\0"[..], b"\r\n\r\n\0\r\nQUIT \x21\x11\0\0", b"PROXYTCP4 / \r\n"] {
+        let mut c = Connection::new(SERVER);
+        c.send::<IN>(bytes).send::<IN>(request);
+        assert_eq!((c.x().protocol, c.x().requests), (protocol::OTHER, 0), "{bytes:?}");
+    }
+}
+
+#[test]
 fn the_role_is_found() {
     for role in [0, SERVER] {
         let mut c = Connection::new(role);
