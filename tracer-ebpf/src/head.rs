@@ -17,7 +17,7 @@ pub mod token {
     pub const KEEP_ALIVE: u8 = 1 << 1;
     /// `upgrade`
     pub const UPGRADE: u8 = 1 << 2;
-    /// Any other token, or an empty `Connection` header.
+    /// Any other token, or a `Connection` header that is empty or malformed.
     pub const OTHER: u8 = 1 << 3;
     /// The whole head was seen; without it the other bits are what was seen so far.
     pub const COMPLETE: u8 = 1 << 7;
@@ -51,7 +51,8 @@ pub mod bit {
     pub const TARGET_TRUNCATED: u16 = 1 << 2;
     /// The last final response announced a body (`Content-Length` or chunked) that has not ended.
     pub const BODY_INCOMPLETE: u16 = 1 << 3;
-    /// The last final response's body ends with the connection (neither `Content-Length` nor chunked).
+    /// The last final response's body ends with the connection (neither `Content-Length` nor chunked), or where cannot be
+    /// told.
     pub const BODY_UNTIL_CLOSE: u16 = 1 << 4;
     /// A 101 was answered (or a `CONNECT` accepted): what follows is not HTTP/1.x.
     pub const UPGRADED: u16 = 1 << 5;
@@ -67,6 +68,8 @@ pub mod bit {
     pub const HAS_REQUEST: u16 = 1 << 10;
     /// The status line of a response to the last request was seen whole (`status`, `response_version` are set).
     pub const HAS_RESPONSE: u16 = 1 << 11;
+    /// The last request announced a body that has not ended, or whose end cannot be told.
+    pub const REQUEST_INCOMPLETE: u16 = 1 << 12;
 }
 
 /// The last exchange on a connection, with counts for all of it.
@@ -920,7 +923,13 @@ fn forget(http: &mut Http) {
         words.add(12).write_volatile(0);
         words.add(13).write_volatile(0);
     }
-    clear(http, bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::TARGET_TRUNCATED | bit::HAS_TIMEOUT | bit::HAS_MAX);
+    const OF_ONE: u16 = bit::HAS_REQUEST
+        | bit::HAS_RESPONSE
+        | bit::TARGET_TRUNCATED
+        | bit::HAS_TIMEOUT
+        | bit::HAS_MAX
+        | bit::REQUEST_INCOMPLETE;
+    clear(http, OF_ONE);
 }
 
 /// The exchange as words: it is the first member of `Http`, which is aligned to 8 bytes.
@@ -1372,26 +1381,29 @@ fn line<const D: usize>(http: &mut Http, window: &Window) -> u32 {
     }
     let (word, more) = (window.word(0), window.word(1));
     // What lies beyond `left` is of an earlier window: each match must end before it.
-    let (name, len) = if begins!(word, b"connecti") && begins!(more, b"on:") {
-        (field::CONNECTION, 11)
-    } else if begins!(word, b"content-") && begins!(more, b"length:") {
-        (field::CONTENT_LENGTH, 15)
-    } else if begins!(word, b"transfer") && begins!(more, b"-encodin") && begins!(window.word(2), b"g:") {
-        (field::TRANSFER_ENCODING, 18)
+    let (name, len, end) = if begins!(word, b"connecti") && begins!(more, b"on") {
+        (field::CONNECTION, 11, more >> 16)
+    } else if begins!(word, b"content-") && begins!(more, b"length") {
+        (field::CONTENT_LENGTH, 15, more >> 48)
+    } else if begins!(word, b"transfer") && begins!(more, b"-encodin") && begins!(window.word(2), b"g") {
+        (field::TRANSFER_ENCODING, 18, window.word(2) >> 8)
     } else if begins!(word, b"keep-ali") && begins!(more, b"ve:") {
-        (field::KEEP_ALIVE, 11)
+        (field::KEEP_ALIVE, 11, more >> 16)
     } else if begins!(word, b"upgrade:") {
-        (field::UPGRADE, 8)
+        (field::UPGRADE, 8, word >> 56)
     } else {
-        (field::NONE, 18)
+        (field::NONE, 18, 0)
     };
     if len <= left {
-        if name == field::NONE {
-            s.phase = phase::SKIP;
-            return 0;
+        if end as u8 == b':' {
+            begin_value(s, name);
+            return len;
         }
-        begin_value(s, name);
-        return len;
+        if is_blank(end as u8) {
+            malformed(s, name);
+        }
+        s.phase = phase::SKIP;
+        return 0;
     }
     // The line may be cut.
     s.phase = phase::NAME;
@@ -1409,7 +1421,7 @@ fn name_byte(s: &mut Stream, byte: u8) {
         s.phase = phase::LINE;
         return;
     }
-    if byte == b':' {
+    if byte == b':' || is_blank(byte) {
         let name = match s.part {
             part::CONNECTI if s.word == word_of(b"on") && s.count == 10 => field::CONNECTION,
             part::CONTENT if s.word == word_of(b"length") && s.count == 14 => field::CONTENT_LENGTH,
@@ -1418,7 +1430,12 @@ fn name_byte(s: &mut Stream, byte: u8) {
             part::NONE if s.word == word_of(b"upgrade") && s.count == 7 => field::UPGRADE,
             _ => field::NONE,
         };
-        begin_value(s, name);
+        if byte == b':' {
+            begin_value(s, name);
+        } else {
+            malformed(s, name);
+            s.phase = phase::SKIP;
+        }
         return;
     }
     s.word |= u64::from(lower(byte)) << ((s.count & 7) * 8);
@@ -1435,6 +1452,19 @@ fn name_byte(s: &mut Stream, byte: u8) {
         if s.part == part::OTHER {
             s.phase = phase::SKIP;
         }
+    }
+}
+
+/// White space before the colon: servers refuse it, ignore it or ignore the line (RFC 9112 §5.1), so the value is not read.
+#[inline(always)]
+fn malformed(s: &mut Stream, name: u8) {
+    if name == field::CONNECTION {
+        s.framing |= framing::CONNECTION;
+        s.tokens |= token::OTHER;
+    } else if name == field::CONTENT_LENGTH {
+        s.framing |= framing::LENGTH_BAD;
+    } else if name == field::TRANSFER_ENCODING {
+        s.framing |= framing::CODED;
     }
 }
 
@@ -1715,9 +1745,8 @@ fn end_data(http: &mut Http, direction: usize) {
 fn end_message(http: &mut Http, direction: usize) {
     let s = stream(http, direction);
     s.phase = phase::START;
-    if s.kind == kind::RESPONSES {
-        clear(http, bit::BODY_INCOMPLETE);
-    }
+    let done = if s.kind == kind::RESPONSES { bit::BODY_INCOMPLETE } else { bit::REQUEST_INCOMPLETE };
+    clear(http, done);
 }
 
 /// `value`, stored and read again: the verifier forgets in map memory what it knows of a number, and so takes the many
@@ -1746,7 +1775,10 @@ fn end_head<const D: usize>(http: &mut Http, used: u32) {
     let (kind, tokens, framing, status, length) = (s.kind, s.tokens, s.framing, s.status, s.length);
     s.count = 0;
     let sized = framing & framing::LENGTH != 0;
-    let mut next = if framing & framing::CHUNKED != 0 {
+    let mut next = if framing & framing::CODED != 0 && s.version == 10 {
+        // RFC 9112 §6.1: HTTP/1.0 has no such field.
+        phase::UNFRAMED
+    } else if framing & framing::CHUNKED != 0 {
         phase::CHUNK_SIZE
     } else if framing & framing::CODED != 0 {
         if kind == kind::REQUESTS { phase::UNFRAMED } else { phase::UNTIL_CLOSE }
@@ -1770,6 +1802,9 @@ fn end_head<const D: usize>(http: &mut Http, used: u32) {
         http.exchange.request_connection = tokens | token::COMPLETE;
         http.exchange.requests = http.exchange.requests.saturating_add(1);
         stream(http, D).phase = next;
+        if next != phase::START && next != phase::CONNECT {
+            set(http, bit::REQUEST_INCOMPLETE);
+        }
         return;
     }
     if status < 200 && status != 101 {
@@ -1819,7 +1854,7 @@ fn end_head<const D: usize>(http: &mut Http, used: u32) {
     next = through_memory(&mut stream(http, D).phase, next);
     if next == phase::BODY || next == phase::CHUNK_SIZE {
         set(http, bit::BODY_INCOMPLETE);
-    } else if next == phase::UNTIL_CLOSE {
+    } else if next == phase::UNTIL_CLOSE || next == phase::UNFRAMED {
         set(http, bit::BODY_UNTIL_CLOSE);
     }
     stream(http, D).phase = next;

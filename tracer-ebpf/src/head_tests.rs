@@ -178,7 +178,10 @@ fn the_connection_field() {
         ("X: a\r\n Connection: close\r\n", COMPLETE),
         ("X-Connection: close\r\n", COMPLETE),
         ("Connection-Foo: close\r\n", COMPLETE),
-        ("Connection : close\r\n", COMPLETE),
+        ("Connection : close\r\n", other),
+        ("connection\t: keep-alive, close\r\n close\r\n", other),
+        ("Connection : close\r\nConnection: close\r\n", CLOSE | other),
+        ("Connectio n: close\r\n", COMPLETE),
         ("Connectio: close\r\n", COMPLETE),
         ("Connectionn: close\r\n", COMPLETE),
         ("Keep\rAlive: close\r\n", COMPLETE),
@@ -369,6 +372,27 @@ fn request_bodies() {
 }
 
 #[test]
+fn a_request_is_incomplete_until_its_body_ends() {
+    for (fields, body) in [
+        ("Content-Length: 9\r\n", &["12345678", "9"][..]),
+        ("Transfer-Encoding: chunked\r\n", &["5\r\nhello\r\n0\r\nX: y", "\r\n\r\n"]),
+    ] {
+        let mut c = Connection::new(SERVER);
+        c.send::<IN>("POST / HTTP/1.1\r\n").send::<IN>(fields);
+        assert!(!c.has(bit::REQUEST_INCOMPLETE), "its head is not whole");
+        c.send::<IN>("\r\n").send::<OUT>(OK);
+        for part in body {
+            assert!(c.has(bit::REQUEST_INCOMPLETE));
+            c.send::<IN>(part);
+        }
+        assert!(!c.has(bit::REQUEST_INCOMPLETE));
+    }
+    for fields in ["", "Content-Length: 0\r\n"] {
+        assert!(!request(format!("POST / HTTP/1.1\r\n{fields}\r\n")).has(bit::REQUEST_INCOMPLETE));
+    }
+}
+
+#[test]
 fn unknown_framing_loses_what_follows() {
     for fields in [
         "Content-Length: 5\r\nContent-Length: 6\r\n",
@@ -379,12 +403,16 @@ fn unknown_framing_loses_what_follows() {
         "Content-Length:\r\n",
         "Content-Length: 99999999999999999999\r\n",
         "Content-Length: 0x10\r\n",
+        "Content-Length : 5\r\n",
+        "Content-Length: 5\r\nContent-Length\t: 5\r\n",
         "Transfer-Encoding: chunked, gzip\r\n",
         "Transfer-Encoding: xchunked\r\n",
+        "Transfer-Encoding : chunked\r\n",
+        "Transfer-Encoding:\r\n",
     ] {
         let mut c = request(format!("POST / HTTP/1.1\r\nConnection: close\r\n{fields}\r\n"));
         assert_eq!((c.x().requests, c.x().request_connection), (1, CLOSE), "{fields}");
-        assert!(!c.has(bit::REQUESTS_LOST));
+        assert!(!c.has(bit::REQUESTS_LOST) && c.has(bit::REQUEST_INCOMPLETE));
         let head = format!("POST / HTTP/1.1\r\nConnection: close\r\n{fields}\r\n");
         for cut in 1..head.len() {
             let mut c = request(&head[..cut]);
@@ -399,6 +427,15 @@ fn unknown_framing_loses_what_follows() {
         let c = request(format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{body}"));
         assert!(c.has(bit::REQUESTS_LOST), "{body:?}");
     }
+    // HTTP/1.0 has no Transfer-Encoding.
+    let head = "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n";
+    let c = request([head, "0\r\n\r\n"].concat());
+    assert!(c.has(bit::REQUESTS_LOST) && c.x().requests == 1 && c.x().request_connection & COMPLETE == 0);
+    let c = response("HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n0\r\n\r\n");
+    assert!(c.has(bit::RESPONSES_LOST | bit::HAS_RESPONSE) && c.x().response_connection == KEEP_ALIVE);
+    // A length that cannot be told is not none.
+    let c = response("HTTP/1.1 200 OK\r\nContent-Length: 5x\r\n\r\n");
+    assert!(c.has(bit::BODY_UNTIL_CLOSE) && !c.has(bit::RESPONSES_LOST));
     for coding in ["gzip", "chunked, gzip"] {
         let c = response(format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"));
         assert!(c.has(bit::BODY_UNTIL_CLOSE) && !c.has(bit::RESPONSES_LOST) && c.x().responses == 1);
@@ -446,7 +483,10 @@ fn interim_responses_do_not_count() {
         "HTTP/1.1 100 Continue\r\nConnection: close\r\nKeep-Alive: timeout=1\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n",
     );
     let x = c.x();
-    assert_eq!((x.responses, x.status, x.response_connection, x.flags), (0, 0, 0, bit::REQUESTS_IN | bit::HAS_REQUEST));
+    assert_eq!(
+        (x.responses, x.status, x.response_connection, x.flags),
+        (0, 0, 0, bit::REQUESTS_IN | bit::HAS_REQUEST | bit::REQUEST_INCOMPLETE)
+    );
     c.send::<IN>("hi").send::<OUT>("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
     assert_eq!((c.x().responses, c.x().status, c.x().response_connection), (1, 200, COMPLETE));
 }

@@ -119,8 +119,10 @@ pub struct Scan {
     pub responses_lost: bool,
     /// The last final response announced a body that has not ended.
     pub body_incomplete: bool,
-    /// The last final response's body ends with the connection.
+    /// The last final response's body ends with the connection, or where cannot be told.
     pub body_until_close: bool,
+    /// The last request's body has not ended, or its end cannot be told.
+    pub request_incomplete: bool,
     /// After a 101, or a `CONNECT` that was accepted.
     pub upgraded: bool,
 }
@@ -221,6 +223,7 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
             responses_lost: exchange.flags & bit::RESPONSES_LOST != 0,
             body_incomplete: exchange.flags & bit::BODY_INCOMPLETE != 0,
             body_until_close: exchange.flags & bit::BODY_UNTIL_CLOSE != 0,
+            request_incomplete: exchange.flags & bit::REQUEST_INCOMPLETE != 0,
             upgraded: exchange.flags & bit::UPGRADED != 0,
         },
     })

@@ -325,10 +325,11 @@ fn exchange(socket: &Socket) -> Option<Persistence> {
     }
 }
 
-/// Nothing in the last exchange ended the connection: somebody did.
+/// Nothing in the last exchange ended the connection, and it was complete: somebody did.
 fn persistent(socket: &Socket, ending: &Ending) -> bool {
     exchange(socket) == Some(Persistence::Persistent)
         && !socket.scan.body_until_close
+        && !socket.scan.request_incomplete
         && !socket.scan.requests_lost
         && !socket.scan.responses_lost
         && ending.closed_by != ClosedBy::None

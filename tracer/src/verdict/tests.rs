@@ -603,6 +603,12 @@ mod causes {
                 s.scan.body_until_close = true;
             });
             assert_eq!(judge(&body), Cause::Unknown);
+            // An answer to a request that was never complete: nobody expects the connection to go on.
+            let early = with(|s| {
+                idle(s, ms);
+                s.scan.request_incomplete = true;
+            });
+            assert_eq!(judge(&early), Cause::Unknown);
         }
         // Nobody closed it: it was aborted in silence.
         let abort = with(|s| {
