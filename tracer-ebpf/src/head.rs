@@ -884,6 +884,7 @@ fn reject(http: &mut Http, direction: usize) {
             http.exchange.protocol = protocol::OTHER;
             http.begun = 0;
             http.named = 0;
+            http.connect = 0;
             lose_direction(http, direction);
         } else {
             stop(http, protocol::OTHER);
@@ -1957,6 +1958,7 @@ fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
             s.marks |= mark::PROVISIONAL;
             return 0;
         }
+        phase::UNFRAMED | phase::CONNECT => s.phase = phase::REJECTED,
         // A line that is being passed over: `step` goes on with it.
         _ => return 0,
     }
@@ -1975,7 +1977,7 @@ fn proxy_byte(s: &mut Stream, byte: u8) {
     }
     // Behind the signature: version and command, family, and the length of the rest.
     s.length = (s.length << 8 | u64::from(byte)) & 0xffff;
-    if s.count < 8 && byte != (SIGNATURE >> ((s.count & 7) * 8)) as u8 {
+    if s.kind == kind::RESPONSES || s.count < 8 && byte != (SIGNATURE >> ((s.count & 7) * 8)) as u8 {
         s.phase = phase::REJECTED;
     } else if s.count == 11 {
         s.phase = phase::BODY;
