@@ -879,7 +879,7 @@ fn reject(http: &mut Http, direction: usize) {
             http.begun = 0;
             http.named = 0;
             stream(http, direction).phase = phase::PROXY_LINE;
-        } else if kind == kind::REQUESTS && http.exchange.protocol != protocol::OTHER {
+        } else if kind == kind::REQUESTS && http.exchange.protocol <= protocol::UNDECIDED {
             // A server that cannot read it, or reads more than this scanner, may answer in HTTP all the same.
             http.exchange.protocol = protocol::OTHER;
             http.begun = 0;
@@ -887,7 +887,8 @@ fn reject(http: &mut Http, direction: usize) {
             http.connect = 0;
             lose_direction(http, direction);
         } else {
-            stop(http, protocol::OTHER);
+            let tls = http.exchange.protocol == protocol::TLS;
+            stop(http, if tls { protocol::TLS } else { protocol::OTHER });
         }
     } else {
         lose_direction(http, direction);
@@ -1153,7 +1154,9 @@ fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32
         }
         _ => {
             if byte <= 4 {
-                stop(http, protocol::TLS);
+                // The other end may not know TLS, and answer in HTTP.
+                http.exchange.protocol = protocol::TLS;
+                lose_direction(http, D);
             } else {
                 not_http(http, D);
             }

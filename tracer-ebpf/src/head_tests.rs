@@ -663,6 +663,14 @@ fn other_protocols() {
             assert_eq!(first(role, direction, b"\0\0\0"), (protocol::OTHER, true));
         }
     }
+    // TLS to a server that does not know it.
+    let mut c = request("\x16\x03\x01\x02\0\x01\0");
+    c.send::<OUT>("HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    assert_eq!((c.x().protocol, c.x().requests, c.x().status), (protocol::HTTP1, 0, 400));
+    assert!(c.has(bit::REQUESTS_LOST) && c.x().response_connection == CLOSE);
+    let mut c = request("\x16\x03\x01\x02\0\x01\0");
+    c.send::<OUT>("\x16\x03\x03").send::<OUT>(OK);
+    assert_eq!((c.x().protocol, c.x().responses, c.http.stopped), (protocol::TLS, 0, 1));
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04";
     for role in [0, SERVER] {
         assert_eq!(first(role, IN, preface), (protocol::H2, true));
