@@ -64,33 +64,90 @@ fn cut_at_every_few_bytes() {
     tracer.stop();
 }
 
-#[test]
-fn cut_once_at_every_place() {
-    let request = get("Connection: close\r\n");
+/// Sends `request` and `response` in segments that end at these places, over a connection for each set of places.
+fn cut_at(request: &str, response: &str, places: impl IntoIterator<Item = Vec<usize>>, wanted: &Value) {
     let listener = Listener::new();
     let tracer = Tracer::on_port(listener.port);
-    let ports: Vec<_> = (1..request.len())
-        .map(|at| {
-            let mut pair = listener.connect();
-            let (head, tail) = request.split_at(at);
-            pair.request(head);
-            pair.request(tail);
-            pair.respond(ok(""));
-            (at, pair.server_closes_first())
-        })
-        .collect();
-    for (at, (server, client)) in ports {
-        let close = tracer.wait_for_close(server, client);
-        eprintln!("cut after {at} bytes");
-        expect(
-            &close,
-            &json!({
-                "cause": "request_close",
-                "http": { "method": "GET", "target": "/path", "request_connection": "close", "requests": 1 },
-            }),
-        );
+    let mut played = Vec::new();
+    for places in places {
+        let mut pair = listener.connect();
+        for (from_client, text) in [(true, request), (false, response)] {
+            let mut at = 0;
+            for end in places.iter().copied().chain([text.len()]) {
+                let piece = &text[at.min(text.len())..end.min(text.len())];
+                if from_client {
+                    pair.request(piece);
+                } else {
+                    pair.respond(piece);
+                }
+                at = end;
+            }
+        }
+        played.push((places, pair.server_closes_first()));
+    }
+    for (places, (server, client)) in played {
+        for (local, remote) in [(server, client), (client, server)] {
+            let close = tracer.wait_for_close(local, remote);
+            eprintln!("cut after {places:?} bytes");
+            expect(&close, wanted);
+        }
     }
     tracer.stop();
+}
+
+/// Every field of interest is in it, and every phase of a head.
+const REQUEST: &str = "POST /a?b HTTP/1.1\r\nConnection: a, close\r\nContent-Length: 2\r\n\r\nok";
+const RESPONSE: &str =
+    "HTTP/1.1 201 OK\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n2;x\r\nok\r\n0\r\n\r\n";
+
+fn whole() -> Value {
+    json!({
+        "cause": "request_close",
+        "http": {
+            "requests": 1, "responses": 1, "answered": true, "method": "POST", "target": "/a", "status": 201,
+            "request_connection": "close, other", "response_connection": "keep-alive",
+        },
+    })
+}
+
+#[test]
+fn cut_once_at_every_place() {
+    let longest = REQUEST.len().max(RESPONSE.len());
+    cut_at(REQUEST, RESPONSE, (1..longest).map(|at| vec![at]), &whole());
+}
+
+#[test]
+fn cut_twice() {
+    // One in 19 of all pairs; a number that has no divisor in common with what a head is made of.
+    let longest = REQUEST.len().max(RESPONSE.len());
+    let pairs = (1..longest).flat_map(|a| (a + 1..longest).map(move |b| vec![a, b]));
+    cut_at(REQUEST, RESPONSE, pairs.step_by(19), &whole());
+}
+
+#[test]
+fn behind_16_kib_of_other_fields() {
+    // Lines of all lengths, some of which begin like a field of interest.
+    let mut lines = String::new();
+    for n in 0.. {
+        let name =
+            ["X-Field", "Connection-Id", "Content-Type", "Keep-Alive-Not", "Transfer", "Upgrade-Insecure-Requests"]
+                [n % 6];
+        lines.push_str(&format!("{name}: {}\r\n", "v".repeat(n % 97)));
+        if lines.len() >= 16 << 10 {
+            break;
+        }
+    }
+    let (request, response) =
+        (get(&format!("{lines}Connection: close\r\n")), ok(&format!("{lines}Connection: Keep-Alive, foo\r\n")));
+    let wanted = json!({
+        "cause": "request_close",
+        "http": {
+            "requests": 1, "responses": 1, "request_connection": "close", "response_connection": "keep-alive, other",
+        },
+    });
+    // At once, and in pieces of the size of frames.
+    let frames = (1..14).map(|n| n * 1448).collect();
+    cut_at(&request, &response, [vec![], frames, vec![200, 201], vec![16_384]], &wanted);
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod close_wait;
 mod fin_wait2;
 mod heads;
 mod leftovers;
+mod messages;
 mod names;
 mod netns;
 mod older;

@@ -177,6 +177,20 @@ pub(crate) fn node(settings: &str) -> Server {
     })
 }
 
+/// OpenSSL's server, with a certificate of its own; it answers with a page over HTTP.
+pub(crate) fn tls() -> Server {
+    Server::start(|directory, port| {
+        let (key, certificate) = (directory.join("key.pem"), directory.join("certificate.pem"));
+        let new =
+            ["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=test"];
+        rig::run(Command::new("openssl").args(new).arg("-keyout").arg(&key).arg("-out").arg(&certificate));
+        let mut command = program("openssl");
+        command.args(["s_server", "-quiet", "-www", "-accept", &format!("127.0.0.1:{port}")]);
+        command.arg("-key").arg(key).arg("-cert").arg(certificate);
+        command
+    })
+}
+
 /// Go's `net/http` server.
 pub(crate) fn go() -> Server {
     Server::start(|_, port| {
