@@ -1,0 +1,359 @@
+//! The scanner, driven as the kernel's programs drive it, and what must hold of it for any input.
+//!
+//! Inputs are conversations as text: a first byte of options, then payload, with these marks in it:
+//!
+//! | byte | meaning |
+//! | --- | --- |
+//! | `0xff` | the other direction speaks |
+//! | `0xfe` | the segment ends here |
+//! | `0xfd n` | the next segment begins `n` bytes (signed) from where it should |
+//! | `0xfc` | the direction is lost, or missed by another CPU |
+
+use super::head::{
+    self, EGRESS, Exchange, Http, INGRESS, MAX_STEPS, TARGET, WINDOW, WINDOW_WORDS, bit, protocol, token,
+};
+use super::reader::{Head, Reader};
+
+/// The smallest head: `M / HTTP/1.1`, or `HTTP/1.1 200`, and two line ends.
+const SMALLEST_HEAD: usize = 14;
+/// The longest input that is looked at: shorter than the longest head, and with fewer steps than a segment may take.
+pub const LONGEST: usize = 12 << 10;
+
+/// Gives a segment to the scanner, as the kernel's programs do.
+pub fn segment<const D: usize>(http: &mut Http, seq: u32, bytes: &[u8]) {
+    if !head::enter::<D>(http, seq, bytes.len() as u32) {
+        return;
+    }
+    // Not zero: what lies behind the filled part must not matter.
+    let mut window = [u64::from_le_bytes(*b"\r\nclose\n"); WINDOW_WORDS];
+    let mut finished = false;
+    for turn in 0..MAX_STEPS {
+        assert!(turn as usize <= bytes.len() * 2, "a step takes a byte, or is followed by one that does");
+        if let Some((at, n)) = head::refill::<D>(http) {
+            let (at, n) = (at as usize, n as usize);
+            assert!(n > 0 && n <= WINDOW && at + n <= bytes.len(), "the window leaves the segment");
+            for (i, byte) in bytes[at..at + n].iter().enumerate() {
+                let shift = (i % 8) * 8;
+                window[i / 8] = window[i / 8] & !(0xff << shift) | u64::from(*byte) << shift;
+            }
+        }
+        // SAFETY: the window has WINDOW bytes.
+        if !unsafe { head::step::<D>(http, window.as_ptr()) } {
+            finished = true;
+            break;
+        }
+    }
+    head::leave::<D>(http, finished);
+}
+
+/// [`segment`], in a direction that is a value.
+pub fn segment_in(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
+    if direction == INGRESS { segment::<INGRESS>(http, seq, bytes) } else { segment::<EGRESS>(http, seq, bytes) }
+}
+
+/// Something that happens in one direction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A segment, at an offset from where it should begin.
+    Segment(usize, i8, Vec<u8>),
+    /// `head::lose`, `head::miss`.
+    Lost(usize),
+    Missed(usize),
+}
+
+/// Options of an input.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The role that is told: unknown, client, server.
+    pub role: u8,
+    pub full_target: bool,
+    pub mid_stream: bool,
+    /// Offsets are meant: the segments are pieces of whole streams.
+    pub disorder: bool,
+}
+
+/// Reads an input.
+pub fn conversation(data: &[u8]) -> Option<(Options, Vec<Event>)> {
+    let (&options, data) = data.split_first()?;
+    let data = &data[..data.len().min(LONGEST)];
+    let options = Options {
+        role: (options & 3) % 3,
+        full_target: options & 4 != 0,
+        mid_stream: options & 8 != 0,
+        disorder: options & 16 != 0,
+    };
+    // Requests first.
+    let mut direction = if options.role == roles::CLIENT { EGRESS } else { INGRESS };
+    let (mut events, mut offset, mut bytes) = (Vec::new(), 0, Vec::new());
+    let mut data = data.iter();
+    loop {
+        let byte = data.next();
+        if matches!(byte, None | Some(0xfc..=0xff)) && !bytes.is_empty() {
+            events.push(Event::Segment(direction, offset, std::mem::take(&mut bytes)));
+            offset = 0;
+        }
+        match byte {
+            None => return Some((options, events)),
+            Some(0xff) => direction = 1 - direction,
+            Some(0xfe) => {}
+            Some(0xfd) => offset = data.next().map_or(0, |n| *n as i8),
+            Some(0xfc) if events.len() % 2 == 0 => events.push(Event::Lost(direction)),
+            Some(0xfc) => events.push(Event::Missed(direction)),
+            Some(byte) => bytes.push(*byte),
+        }
+    }
+}
+
+/// Values of `tracer_ebpf::role`.
+mod roles {
+    pub(super) const CLIENT: u8 = 1;
+}
+
+fn new(options: Options) -> Http {
+    let mut http = Http::ZERO;
+    http.full_target = u8::from(options.full_target);
+    head::role(&mut http, options.role);
+    http
+}
+
+/// Bytes as they are told apart by [`Exchange`].
+fn raw(exchange: &Exchange) -> Vec<u8> {
+    let e = exchange;
+    let words = [e.requests, e.responses, e.keep_alive_timeout_s, e.keep_alive_max, e.flags.into(), e.status.into()];
+    let bytes = [
+        e.request_connection,
+        e.response_connection,
+        e.request_version,
+        e.response_version,
+        e.protocol,
+        e.method_len,
+        e.target_len,
+    ];
+    [&words.map(u32::to_le_bytes).concat()[..], &bytes, &e.method, &e.target].concat()
+}
+
+/// What holds of any exchange.
+fn is_sane(exchange: &Exchange, request_bytes: usize, response_bytes: usize) {
+    let e = exchange;
+    let has = |bits: u16| e.flags & bits != 0;
+    assert!(e.requests as usize <= request_bytes / SMALLEST_HEAD, "more requests than fit: {e:?}");
+    assert!(e.responses as usize <= response_bytes / SMALLEST_HEAD, "more responses than fit: {e:?}");
+    assert!(usize::from(e.method_len) <= e.method.len() && usize::from(e.target_len) <= TARGET);
+    assert!(e.method[usize::from(e.method_len)..].iter().all(|b| *b == 0), "rest of an older method: {e:?}");
+    assert!(e.target[usize::from(e.target_len)..].iter().all(|b| *b == 0), "rest of an older target: {e:?}");
+    assert!(!has(bit::REQUESTS_LOST) || e.request_connection & token::COMPLETE == 0, "not the last: {e:?}");
+    assert!(e.request_connection & token::COMPLETE == 0 || has(bit::HAS_REQUEST), "{e:?}");
+    assert!(!has(bit::REQUESTS_IN) || !has(bit::REQUESTS_OUT), "two roles: {e:?}");
+    assert!(!has(bit::HAS_RESPONSE) || (100..1000).contains(&e.status) && matches!(e.response_version, 10 | 11));
+    assert!(!has(bit::HAS_REQUEST) || e.method_len > 0 && matches!(e.request_version, 10 | 11));
+    assert!(!has(bit::RESPONSES_LOST) || !has(bit::BODY_INCOMPLETE), "{e:?}");
+}
+
+/// Any segments, in any order: nothing panics, and nothing is claimed that cannot be.
+pub fn head(data: &[u8]) {
+    let Some((options, events)) = conversation(data) else { return };
+    any_order(options, &events);
+    if !options.mid_stream {
+        segmentation(options, &events);
+    }
+    if options.disorder && options.role != 0 {
+        pieces_of_a_stream(options, &events);
+    }
+}
+
+fn any_order(options: Options, events: &[Event]) {
+    let mut http = new(options);
+    if options.mid_stream {
+        head::mid_stream(&mut http);
+    }
+    // One of them right before the sequence numbers wrap.
+    let mut next = [0xffff_fff0u32, 77];
+    let mut bytes = 0;
+    for event in events {
+        match event {
+            Event::Segment(direction, offset, segment) => {
+                let seq = next[*direction].wrapping_add_signed(i32::from(*offset));
+                segment_in(&mut http, *direction, seq, segment);
+                next[*direction] = seq.wrapping_add(segment.len() as u32);
+                bytes += segment.len();
+            }
+            Event::Lost(INGRESS) => head::lose::<INGRESS>(&mut http),
+            Event::Lost(_) => head::lose::<EGRESS>(&mut http),
+            Event::Missed(INGRESS) => head::miss::<INGRESS>(&mut http),
+            Event::Missed(_) => head::miss::<EGRESS>(&mut http),
+        }
+        // `miss` speaks for another CPU: the verdict on the last request follows with the next segment.
+        if !events.iter().any(|event| matches!(event, Event::Missed(_))) {
+            is_sane(&http.exchange, bytes, bytes);
+        }
+    }
+}
+
+/// How a stream is cut does not matter.
+fn segmentation(options: Options, events: &[Event]) {
+    let mut cut = new(options);
+    let mut whole = new(options);
+    let mut single = new(options);
+    let mut next = [[0u32; 2]; 3];
+    let mut send = |which: usize, http: &mut Http, direction: usize, bytes: &[u8]| {
+        let seq = &mut next[which][direction];
+        segment_in(http, direction, *seq, bytes);
+        *seq = seq.wrapping_add(bytes.len() as u32);
+    };
+    let mut run: Option<(usize, Vec<u8>)> = None;
+    for event in events {
+        let Event::Segment(direction, _, bytes) = event else { continue };
+        send(0, &mut cut, *direction, bytes);
+        for byte in bytes {
+            send(1, &mut single, *direction, &[*byte]);
+        }
+        match &mut run {
+            Some((last, so_far)) if last == direction => so_far.extend_from_slice(bytes),
+            _ => {
+                if let Some((last, so_far)) = run.replace((*direction, bytes.clone())) {
+                    send(2, &mut whole, last, &so_far);
+                }
+            }
+        }
+    }
+    if let Some((last, so_far)) = run {
+        send(2, &mut whole, last, &so_far);
+    }
+    assert_eq!(raw(&cut.exchange), raw(&single.exchange), "{:?}\n{:?}", cut.exchange, single.exchange);
+    assert_eq!(raw(&cut.exchange), raw(&whole.exchange), "{:?}\n{:?}", cut.exchange, whole.exchange);
+}
+
+/// Pieces of streams at their true places, with gaps, again, or in another order: what is said of a whole head is true of
+/// a head that is in the stream, and all of whose bytes came.
+fn pieces_of_a_stream(options: Options, events: &[Event]) {
+    let requests_in = options.role != roles::CLIENT;
+    let of = |request: bool| if request == requests_in { INGRESS } else { EGRESS };
+    let all = |direction: usize| -> Vec<u8> {
+        let bytes = events.iter().filter_map(|event| match event {
+            Event::Segment(d, _, bytes) if *d == direction => Some(bytes.as_slice()),
+            _ => None,
+        });
+        bytes.collect::<Vec<_>>().concat()
+    };
+    let streams = [all(INGRESS), all(EGRESS)];
+    let mut truth = Reader::default();
+    truth.read(true, &streams[of(true)]);
+    truth.read(false, &streams[of(false)]);
+    // Requests in disorder, and then their answers in order; or the other way round. (An answer never comes before its
+    // request: that the stream allows it does not matter.)
+    for disorder in [true, false] {
+        let mut http = new(options);
+        for direction in [INGRESS, EGRESS] {
+            sync(&mut http, direction);
+        }
+        for request in [true, false] {
+            let (direction, stream) = (of(request), &streams[of(request)]);
+            let mut seen = vec![false; stream.len()];
+            if request != disorder {
+                segment_in(&mut http, direction, 0, stream);
+                continue;
+            }
+            let mut at = 0usize;
+            for event in events {
+                let Event::Segment(d, offset, bytes) = event else { continue };
+                if *d != direction {
+                    continue;
+                }
+                let from = at.saturating_add_signed(isize::from(*offset)).min(stream.len());
+                let to = (from + bytes.len()).min(stream.len());
+                segment_in(&mut http, direction, from as u32, &stream[from..to]);
+                seen[from..to].fill(true);
+                at = to;
+                is_true(&http.exchange, options, request, &truth, &seen);
+            }
+        }
+    }
+}
+
+fn sync(http: &mut Http, direction: usize) {
+    if direction == INGRESS { head::sync::<INGRESS>(http, 0) } else { head::sync::<EGRESS>(http, 0) }
+}
+
+fn is_true(e: &Exchange, options: Options, request: bool, truth: &Reader, seen: &[bool]) {
+    let whole = |head: &&Head| seen[head.from..head.to].iter().all(|seen| *seen);
+    if request {
+        let seen_whole = truth.request_heads().iter().filter(whole);
+        assert!(e.requests as usize <= seen_whole.clone().count(), "a request that is none: {e:?}");
+        if e.request_connection & token::COMPLETE != 0 {
+            assert!(seen_whole.clone().any(|head| is_request(e, options, head)), "no such request: {e:?}\n{truth:?}");
+        }
+    } else {
+        let finals = truth.response_heads().iter().filter(|head| head.status >= 200 || head.status == 101);
+        let seen_whole = finals.filter(whole);
+        assert!(e.responses as usize <= seen_whole.clone().count(), "a response that is none: {e:?}");
+        if e.flags & bit::HAS_RESPONSE != 0 && e.response_connection & token::COMPLETE != 0 {
+            assert!(seen_whole.clone().any(|head| is_response(e, head)), "no such response: {e:?}\n{truth:?}");
+        }
+    }
+}
+
+fn is_request(e: &Exchange, options: Options, head: &Head) -> bool {
+    let query = head.target.iter().position(|b| matches!(b, b'?' | b'#'));
+    let shown = if options.full_target { None } else { query }.unwrap_or(head.target.len());
+    let target = &head.target[..shown.min(TARGET)];
+    e.method[..usize::from(e.method_len)] == head.method
+        && e.target[..usize::from(e.target_len)] == *target
+        && (e.flags & bit::TARGET_TRUNCATED != 0) == (shown > TARGET)
+        && (e.request_version, e.request_connection) == (head.version, head.connection)
+}
+
+fn is_response(e: &Exchange, head: &Head) -> bool {
+    (e.status, e.response_version, e.response_connection) == (head.status, head.version, head.connection)
+}
+
+/// Both directions in order, compared with the [`Reader`].
+pub fn differential(data: &[u8]) {
+    let Some((mut options, events)) = conversation(data) else { return };
+    options.role = options.role.max(1);
+    let segments = events.iter().filter_map(|event| match event {
+        Event::Segment(direction, _, bytes) => Some((*direction, bytes.as_slice())),
+        _ => None,
+    });
+    compare(options, segments);
+}
+
+/// See [`differential`]; after each segment.
+pub fn compare<'a>(options: Options, segments: impl Iterator<Item = (usize, &'a [u8])>) {
+    let mut http = new(options);
+    let mut reader = Reader::default();
+    let mut next = [0xffff_fff0u32, 77];
+    for (direction, bytes) in segments {
+        segment_in(&mut http, direction, next[direction], bytes);
+        next[direction] = next[direction].wrapping_add(bytes.len() as u32);
+        reader.read((direction == EGRESS) == (options.role == roles::CLIENT), bytes);
+        agree(options, &http.exchange, &reader);
+    }
+}
+
+fn agree(options: Options, e: &Exchange, reader: &Reader) {
+    let has = |bits: u16| e.flags & bits != 0;
+    let show = || format!("{e:#?}\n{reader:#?}");
+    assert_eq!(e.protocol, reader.protocol, "protocol {}", show());
+    if matches!(e.protocol, protocol::OTHER | protocol::TLS) {
+        return;
+    }
+    assert_eq!(e.requests as usize, reader.request_heads().len(), "requests {}", show());
+    assert_eq!(e.responses, reader.final_responses, "responses {}", show());
+    assert_eq!(has(bit::UPGRADED), reader.upgraded, "upgraded {}", show());
+    assert_eq!(has(bit::REQUESTS_LOST), reader.requests_lost(), "requests lost {}", show());
+    assert_eq!(has(bit::RESPONSES_LOST), reader.responses_lost(), "responses lost {}", show());
+    assert_eq!(has(bit::HAS_REQUEST), reader.has_request, "has request {}", show());
+    assert_eq!(has(bit::HAS_RESPONSE), reader.has_response, "has response {}", show());
+    assert_eq!(has(bit::BODY_INCOMPLETE), reader.body_incomplete, "response body {}", show());
+    assert_eq!(has(bit::BODY_UNTIL_CLOSE), reader.body_until_close, "response body's end {}", show());
+    let request = reader.request.as_ref().filter(|_| !reader.requests_lost());
+    assert_eq!(e.request_connection & token::COMPLETE != 0, request.is_some(), "request {}", show());
+    if let Some(request) = request {
+        assert!(is_request(e, options, request), "request {}", show());
+        assert_eq!(has(bit::REQUEST_INCOMPLETE), reader.request_incomplete, "request body {}", show());
+    }
+    if reader.has_response {
+        assert_eq!(e.response_connection & token::COMPLETE != 0, reader.response.is_some(), "response {}", show());
+        assert!(reader.response.as_ref().is_none_or(|head| is_response(e, head)), "response {}", show());
+    }
+}
