@@ -144,7 +144,7 @@ unsafe fn cloned(sk: Sock) {
         (*handover).valid = 0;
         let Some(conn) = conn::get_or_create(sk) else { return };
         conn.role = role::SERVER;
-        conn.marks |= mark::HANDED_OVER;
+        conn.marks |= mark::HANDED_OVER | if (*handover).syn != 0 { mark::HANDED_SYN } else { 0 };
         conn.handed_seq = (*handover).seq;
         conn.handed_len = (*handover).len;
         conn.payload_ns = (*handover).payload_ns;

@@ -9,7 +9,7 @@ use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
-use tracer_ebpf::head::{Http, clamp};
+use tracer_ebpf::head::{self, Http, clamp};
 use tracer_ebpf::{Record, STATES, TICK_NS, Task, counter, filter, flag, pack_state};
 
 use crate::sock;
@@ -24,6 +24,8 @@ pub(crate) mod mark {
     pub(crate) const ENDED: u8 = 1 << 2;
     /// Payload was read before the socket was cloned from its listener.
     pub(crate) const HANDED_OVER: u8 = 1 << 3;
+    /// It was that of a SYN (TCP Fast Open).
+    pub(crate) const HANDED_SYN: u8 = 1 << 4;
 }
 
 /// What is known of one socket. Times are `bpf_ktime_get_ns`.
@@ -71,7 +73,8 @@ pub(crate) struct Handover {
     pub(crate) valid: u32,
     pub(crate) seq: u32,
     pub(crate) len: u32,
-    pub(crate) _pad: u32,
+    /// Not 0: with a SYN.
+    pub(crate) syn: u32,
     pub(crate) payload_ns: u64,
     pub(crate) http: Http,
 }
@@ -254,6 +257,7 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     if !passes(conn) {
         return false;
     }
+    head::settle(&mut conn.http);
     let Some(mut entry) = RING.reserve(0) else {
         count(counter::LOST);
         return false;

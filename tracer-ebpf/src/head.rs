@@ -312,9 +312,15 @@ pub struct Http {
     connect: u8,
     /// The role was told, not found.
     told: u8,
+    /// Of what is received: the sequence number behind the last segment that was looked at, rather than passed over.
+    looked: u32,
+    /// Likewise: where what came too early begins and ends; nothing did if both are the same. See [`set_aside`].
+    aside_at: u32,
+    aside_end: u32,
+    _pad: u32,
 }
 const _: () = assert!(size_of::<Stream>() == 56);
-const _: () = assert!(size_of::<Http>() == 248);
+const _: () = assert!(size_of::<Http>() == 264);
 
 impl Http {
     /// The initial state.
@@ -343,6 +349,9 @@ pub fn sync<const D: usize>(http: &mut Http, next: u32) {
     if s.marks & mark::SYNCED == 0 {
         s.marks |= mark::SYNCED;
         s.next = next;
+        if D == INGRESS {
+            http.looked = next;
+        }
     }
 }
 
@@ -374,6 +383,92 @@ pub fn miss<const D: usize>(http: &mut Http) {
     flag_lost(http, kind);
 }
 
+/// Puts bytes aside that came too early: others before them, which are not part of a body, have not come yet. The segments
+/// that hold those will come; these may come again, or not. Until then nobody knows what they are.
+///
+/// Only where they begin and end is kept, over all of them: if they turn out to lie in a body, they are passed over
+/// ([`pass_aside`]); if they do not, and do not come again, the direction is lost ([`settle`]).
+#[inline(always)]
+pub fn set_aside(http: &mut Http, seq: u32, len: u32) {
+    let end = seq.wrapping_add(len);
+    let none = http.aside_at == http.aside_end;
+    if none || (seq.wrapping_sub(http.aside_at) as i32) < 0 {
+        http.aside_at = seq;
+    }
+    if none || (end.wrapping_sub(http.aside_end) as i32) > 0 {
+        http.aside_end = end;
+    }
+}
+
+/// Whether it is not known yet what was put aside: it has not come again, and does not lie in a body either.
+#[inline(never)]
+fn aside_is_unknown(http: &mut Http) -> bool {
+    let (at, end) = (http.aside_at, http.aside_end);
+    let s = stream(http, INGRESS);
+    let behind = end.wrapping_sub(s.next) as i32;
+    if behind <= 0 || s.phase == phase::HUNT {
+        return false;
+    }
+    let reached = at.wrapping_sub(s.next) as i32 <= 0;
+    let in_body = (s.phase == phase::BODY || s.phase == phase::CHUNK_DATA) && s.length >= behind as u64;
+    !(reached && in_body)
+}
+
+/// Passes over what was put aside, once it is known.
+#[inline(always)]
+fn pass_aside(http: &mut Http) {
+    if aside_is_unknown(http) {
+        return;
+    }
+    let end = http.aside_end;
+    http.aside_at = end;
+    let s = stream(http, INGRESS);
+    let behind = end.wrapping_sub(s.next) as i32;
+    if behind > 0 && (s.phase == phase::BODY || s.phase == phase::CHUNK_DATA) {
+        s.length = s.length.wrapping_sub(behind as u64);
+        s.next = end;
+        if s.length == 0 {
+            end_data(http, INGRESS);
+        }
+    }
+}
+
+/// To be called before the verdict is read: what was put aside, and is still not known, is lost.
+#[inline(always)]
+pub fn settle(http: &mut Http) {
+    if http.aside_at == http.aside_end || http.stopped != 0 {
+        return;
+    }
+    pass_aside(http);
+    if http.aside_at != http.aside_end && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
+        lose_direction(http, INGRESS);
+    }
+}
+
+/// Whether a received segment may repeat bytes that were looked at: then [`again`] is to be called.
+#[inline(always)]
+pub fn repeats(http: &mut Http, seq: u32) -> bool {
+    http.looked.wrapping_sub(seq) as i32 > 0 && stream(http, INGRESS).marks & mark::SYNCED != 0
+}
+
+/// Takes a received segment that may repeat bytes: `next` is the first byte that TCP itself has not received. If TCP has
+/// received what was looked at, this is nothing new. If it has not, it dropped that segment (its checksum was wrong, or there
+/// was no room), and takes this one: what was looked at need not be what the socket reads.
+#[inline(always)]
+pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
+    let end = seq.wrapping_add(len);
+    let looked = http.looked;
+    let repeated = if (looked.wrapping_sub(end) as i32) < 0 { looked } else { end };
+    if (repeated.wrapping_sub(next) as i32) <= 0 {
+        return;
+    }
+    if http.stopped != 0 {
+        http.stopped = 0;
+        http.exchange.protocol = protocol::UNDECIDED;
+    }
+    lose_direction(http, INGRESS);
+}
+
 /// Takes a segment: sequence number and number of its payload bytes. Whether they must be looked at: then [`step`] is
 /// to be called until it returns false, at most [`MAX_STEPS`] times, with a window filled whenever [`refill`] says so;
 /// then [`leave`].
@@ -382,8 +477,8 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
     if http.stopped != 0 || len == 0 {
         return false;
     }
-    if http.exchange.protocol == protocol::NONE {
-        http.exchange.protocol = protocol::UNDECIDED;
+    if D == INGRESS && http.aside_at != http.aside_end {
+        pass_aside(http);
     }
     let s = stream(http, D);
     if s.phase >= phase::UNTIL_CLOSE {
@@ -402,6 +497,14 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
     if fresh <= 0 {
         return false;
     }
+    if http.exchange.protocol == protocol::NONE {
+        http.exchange.protocol = protocol::UNDECIDED;
+    }
+    if D == EGRESS && http.aside_at != http.aside_end && aside_is_unknown(http) {
+        // Whoever sends this may have read what was put aside, and be answering it.
+        miss::<INGRESS>(http);
+    }
+    let s = stream(http, D);
     let mut at = 0;
     if ahead <= 0 {
         at = ahead.unsigned_abs();
@@ -418,13 +521,16 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
         }
         if ahead > 0 {
             if s.length < ahead as u64 {
-                lose_direction(http, D);
+                early::<D>(http, seq, len);
                 return false;
             }
             s.length -= ahead as u64;
         }
-    } else if ahead > 0 || s.phase >= phase::UNFRAMED {
+    } else if s.phase >= phase::UNFRAMED {
         lose_direction(http, D);
+        return false;
+    } else if ahead > 0 {
+        early::<D>(http, seq, len);
         return false;
     }
     s.next = seq.wrapping_add(len);
@@ -435,9 +541,22 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
     true
 }
 
+/// A segment that comes before others. What this end sends is seen in order.
+#[inline(always)]
+fn early<const D: usize>(http: &mut Http, seq: u32, len: u32) {
+    if D == INGRESS {
+        set_aside(http, seq, len);
+    } else {
+        lose_direction(http, D);
+    }
+}
+
 /// Ends what [`enter`] began: `finished` is false if there were not enough steps, or a window could not be filled.
 #[inline(always)]
 pub fn leave<const D: usize>(http: &mut Http, finished: bool) {
+    if D == INGRESS {
+        http.looked = stream(http, D).next;
+    }
     if !finished || stream(http, D).missed != 0 {
         lose_direction(http, D);
     }

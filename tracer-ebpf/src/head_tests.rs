@@ -57,12 +57,15 @@ impl Connection {
         };
     }
 
+    /// The verdict, were it read now.
     fn x(&self) -> Exchange {
-        self.http.exchange
+        let mut http = self.http;
+        settle(&mut http);
+        http.exchange
     }
 
     fn has(&self, bits: u16) -> bool {
-        self.http.exchange.flags & bits == bits
+        self.x().flags & bits == bits
     }
 }
 
@@ -800,6 +803,83 @@ fn gaps() {
     assert!(c.has(bit::REQUESTS_LOST));
     c.send::<IN>("GET / HTTP/1.1\r\n\r\n");
     assert_eq!((c.x().requests, c.x().request_connection), (1, 0));
+}
+
+#[test]
+fn what_comes_too_early_is_put_aside() {
+    let head = "POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n";
+    let all = [head, &"x".repeat(1000), "GET /2 HTTP/1.1\r\n\r\n"].concat().into_bytes();
+    let (body, end) = (head.len(), head.len() + 1000);
+    // Parts in the order in which they come, and what is known then: requests, the last one's tokens, whether all of it.
+    for (parts, known) in [
+        // Parts of a body come before its head, in any order, with or without a gap between them.
+        (&[(body, end), (0, body), (end, all.len())][..], (2, COMPLETE, true)),
+        (&[(body + 500, end), (body, body + 500), (0, body), (end, all.len())], (2, COMPLETE, true)),
+        (&[(body + 9, body + 99), (body + 500, end), (0, body + 1), (end, all.len())], (2, COMPLETE, true)),
+        (&[(body - 1, body), (body - 1, end), (0, body), (body, end), (end, all.len())], (2, COMPLETE, true)),
+        // What is missing is a part of the body, too.
+        (&[(body + 500, end), (0, body), (end, all.len())], (2, COMPLETE, true)),
+        (&[(0, body), (end, all.len()), (body, end)], (2, COMPLETE, true)),
+        // Part of a head that does not come again.
+        (&[(9, 20), (0, 9)], (0, 0, false)),
+        (&[(9, all.len()), (0, 9)], (0, 0, false)),
+        (&[(9, 20), (0, 9), (20, all.len())], (0, 0, false)),
+        // Part of one that does.
+        (&[(9, all.len()), (0, 9), (9, all.len())], (2, COMPLETE, true)),
+        (&[(9, 20), (0, all.len())], (2, COMPLETE, true)),
+        // A head behind the body.
+        (&[(body, all.len()), (0, body)], (1, 0, false)),
+        (&[(0, body), (end + 1, all.len())], (1, 0, false)),
+    ] {
+        let mut c = Connection::new(SERVER);
+        sync::<IN>(&mut c.http, c.next[IN]);
+        for &(from, to) in parts {
+            c.at::<IN>(from as i64, &all[from..to]);
+        }
+        let x = c.x();
+        let found = (x.requests, x.request_connection & (COMPLETE | CLOSE), x.flags & bit::REQUESTS_LOST == 0);
+        assert_eq!(found, known, "{parts:?}");
+    }
+    // What is sent may answer what was put aside.
+    for (role, known) in [(SERVER, bit::REQUESTS_LOST), (CLIENT, bit::RESPONSES_LOST)] {
+        let mut c = Connection::new(role);
+        sync::<IN>(&mut c.http, c.next[IN]);
+        c.at::<IN>(5, b"/ HTTP/1.1\r\n\r\n");
+        c.send::<OUT>(if role == SERVER { OK } else { "GET / HTTP/1.1\r\n\r\n" });
+        c.send::<IN>(if role == SERVER { "GET  / HTTP/1.1\r\n\r\n" } else { OK });
+        assert_eq!(c.x().flags & (bit::REQUESTS_LOST | bit::RESPONSES_LOST), known);
+    }
+}
+
+#[test]
+fn what_tcp_has_not_received_is_not_believed() {
+    let head = "GET / HTTP/1.1\r\n\r\n";
+    // The first byte that TCP misses, when the head comes again.
+    for (missed, lost) in [(0, true), (head.len() - 1, true), (head.len(), false)] {
+        for late in [0, 5] {
+            let mut c = Connection::new(SERVER);
+            let first = c.next[IN];
+            sync::<IN>(&mut c.http, first);
+            assert!(!repeats(&mut c.http, first));
+            c.send::<IN>(head);
+            let (seq, len) = (first.wrapping_add(late), head.len() as u32 - late);
+            assert!(repeats(&mut c.http, seq));
+            again(&mut c.http, seq, len, first.wrapping_add(missed as u32));
+            assert_eq!(c.has(bit::REQUESTS_LOST), lost, "{missed}");
+        }
+    }
+    // A part of a body that was passed over is no such thing.
+    let mut c = request("POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
+    let body = c.next[IN];
+    c.skip::<IN>(100).send::<IN>(vec![b'x'; 100]);
+    assert!(!repeats(&mut c.http, body));
+    // What was no HTTP may have been damaged.
+    let mut c = Connection::new(SERVER);
+    let first = c.next[IN];
+    c.send::<IN>("\u{1}\u{2}\u{3}\u{4}");
+    assert_eq!(c.x().protocol, protocol::OTHER);
+    again(&mut c.http, first, 4, first);
+    assert_eq!((c.x().protocol, c.has(bit::REQUESTS_LOST)), (protocol::UNDECIDED, true));
 }
 
 #[test]

@@ -230,6 +230,8 @@ wire! {
         pub inet_sport: u32,
         /// `tcp_sock.rcv_nxt`
         pub rcv_nxt: u32,
+        /// `tcp_sock.rcv_wnd`
+        pub rcv_wnd: u32,
         /// `tcp_sock.snd_una`
         pub snd_una: u32,
         /// `tcp_sock.write_seq`

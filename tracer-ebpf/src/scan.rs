@@ -14,6 +14,7 @@ use aya_ebpf::{
 use tracer_ebpf::head::{self, Http};
 
 use crate::conn::clear_words;
+use crate::sock;
 
 /// What one step of the loop is given.
 #[repr(C)]
@@ -42,6 +43,12 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
         head::miss::<D>(state);
         return;
     }
+    if D == head::INGRESS && head::repeats(state, seq) {
+        // SAFETY: as the caller says.
+        if let Some(next) = unsafe { rcv_nxt(skb) } {
+            head::again(state, seq, len, next);
+        }
+    }
     if head::enter::<D>(state, seq, len) {
         // SAFETY: as the caller says.
         unsafe { run::<D>(skb, payload_at, state) };
@@ -49,6 +56,19 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
     if D == head::INGRESS {
         // SAFETY: an aligned word of `state`. An exchange orders it behind everything that was written before.
         unsafe { exchange(busy, 0) };
+    }
+}
+
+/// The next sequence number that TCP expects from the peer.
+#[inline(never)]
+unsafe fn rcv_nxt(skb: *mut __sk_buff) -> Option<u32> {
+    // SAFETY: as in `scan`; both pointers are checked before their use.
+    unsafe {
+        let sk = (*skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        sock::rcv_nxt(sk.cast())
     }
 }
 

@@ -5,7 +5,7 @@
 //! ACK is done after its header. Every path answers 1: the packet passes.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_skb_load_bytes};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use tracer_ebpf::head::{self, EGRESS, INGRESS, clamp};
@@ -73,8 +73,10 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
             }
             (data + 20, 20)
         } else if first >> 4 == 6 {
-            if data + 60 > end || *((data + 6) as *const u8) != IPPROTO_TCP {
-                // Extension headers are rare in front of TCP; such a segment counts as not seen.
+            if *((data + 6) as *const u8) != IPPROTO_TCP {
+                return behind_extensions(skb);
+            }
+            if data + 60 > end {
                 return None;
             }
             (data + 40, 40)
@@ -92,17 +94,69 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
             return None;
         };
         let word = |offset: usize| u32::from_be(((header + offset) as *const u32).read_unaligned());
-        let flags = *((header + 13) as *const u8);
-        let payload_at = at + u32::from(*((header + 12) as *const u8) >> 4) * 4;
-        let ports = word(0);
-        Some(Segment {
+        Some(Segment::new((*skb).len, at, [word(0), word(4), word(12)]))
+    }
+}
+
+impl Segment {
+    /// From the words of the TCP header, which is at `at` of a packet of `packet_len` bytes, that hold the ports, the
+    /// sequence number, and the header's length with the flags.
+    #[inline(always)]
+    fn new(packet_len: u32, at: u32, [ports, seq, offset_flags]: [u32; 3]) -> Self {
+        let payload_at = at + (offset_flags >> 28) * 4;
+        let flags = (offset_flags >> 16) as u8;
+        // The payload of a RST is a text for people.
+        let len = if flags & RST != 0 { 0 } else { packet_len.saturating_sub(payload_at) };
+        Self {
             payload_at,
-            len: (*skb).len.saturating_sub(payload_at),
-            seq: word(4).wrapping_add(u32::from(flags & SYN != 0)),
+            len,
+            seq: seq.wrapping_add(u32::from(flags & SYN != 0)),
             flags,
             source_port: (ports >> 16) as u16,
             dest_port: ports as u16,
-        })
+        }
+    }
+}
+
+/// TCP behind IPv6 extension headers: up to four of those that end systems send. They are rare; a segment behind others
+/// counts as not seen.
+///
+/// # Safety
+/// As for [`segment`].
+#[inline(never)]
+unsafe fn behind_extensions(skb: *mut __sk_buff) -> Option<Segment> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const DESTINATION: u8 = 60;
+    // SAFETY: by the caller's word; each load goes to as many bytes as there are.
+    unsafe {
+        let mut next = [0u8; 2];
+        if bpf_skb_load_bytes(skb.cast(), 6, next.as_mut_ptr().cast(), 1) != 0 {
+            return None;
+        }
+        let mut at = 40;
+        macro_rules! header {
+            () => {
+                if next[0] != IPPROTO_TCP {
+                    if !matches!(next[0], HOP_BY_HOP | ROUTING | DESTINATION)
+                        || bpf_skb_load_bytes(skb.cast(), at, next.as_mut_ptr().cast(), 2) != 0
+                    {
+                        return None;
+                    }
+                    at += (u32::from(next[1]) + 1) * 8;
+                }
+            };
+        }
+        header!();
+        header!();
+        header!();
+        header!();
+        let mut words = [0u32; 4];
+        if next[0] != IPPROTO_TCP || bpf_skb_load_bytes(skb.cast(), at, words.as_mut_ptr().cast(), 16) != 0 {
+            return None;
+        }
+        let [ports, seq, _, offset_flags] = words.map(u32::from_be);
+        Some(Segment::new((*skb).len, at, [ports, seq, offset_flags]))
     }
 }
 
@@ -112,7 +166,7 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
 unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
     // SAFETY: by the caller's word; `sk` is checked before its use.
     unsafe {
-        let Some(segment) = segment(skb) else {
+        let Some(mut segment) = segment(skb) else {
             if DIRECTION == INGRESS {
                 forget_handover();
             }
@@ -134,6 +188,13 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
             if !carries {
                 return;
             }
+            if (*sk).state == tcp::SYN_SENT as u32 {
+                // TCP takes no payload and no FIN yet: what comes now is an older connection's, or will come again.
+                if segment.flags & RST == 0 {
+                    return;
+                }
+                segment.flags = RST;
+            }
         }
         if !conn::port_passes(segment.source_port, segment.dest_port) {
             return;
@@ -152,9 +213,9 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         }
         if segment.flags & (FIN | RST) != 0 {
             if DIRECTION == INGRESS {
-                end_arrives(conn, &segment, now);
+                end_arrives(sk.cast(), conn, &segment, now);
             } else {
-                end_leaves(conn, &segment, now);
+                end_leaves((*sk).state as i32, conn, &segment, now);
             }
         }
         // Last: the verifier follows all that comes behind it once for each of the many ways through it.
@@ -164,19 +225,31 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
     }
 }
 
+/// # Safety
+/// `sk` is `__sk_buff.sk` checked against NULL.
 #[inline(always)]
-fn end_arrives(conn: &mut Conn, segment: &Segment, now: u64) {
+unsafe fn end_arrives(sk: sock::Sock, conn: &mut Conn, segment: &Segment, now: u64) {
     if segment.flags & RST != 0 {
         // Whether TCP takes it, `tcp_receive_reset` tells.
         conn.rst_seen = 1;
-    } else {
-        conn.first_end(first_end::REMOTE, now);
+    } else if conn.first_end == first_end::NONE {
+        // Not one of an older connection. One that TCP cannot process yet, because something before it is missing, counts:
+        // the peer has sent it.
+        // SAFETY: by the caller's word.
+        if unsafe { sock::expects(sk, segment.seq.wrapping_add(segment.len)) } {
+            conn.first_end(first_end::REMOTE, now);
+        }
     }
 }
 
+/// `state` is that of the socket.
 #[inline(always)]
-fn end_leaves(conn: &mut Conn, segment: &Segment, now: u64) {
+fn end_leaves(state: i32, conn: &mut Conn, segment: &Segment, now: u64) {
     if segment.flags & FIN != 0 {
+        if conn.flags & flag::FIN_SENT == 0 && state == tcp::FIN_WAIT1 && conn.first_end == first_end::REMOTE {
+            // The peer's is here, but was not processed when ours was sent: neither acknowledges the other.
+            conn.first_end = first_end::BOTH;
+        }
         conn.flags |= flag::FIN_SENT;
     }
     conn.first_end(first_end::LOCAL, now);
@@ -214,6 +287,7 @@ unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
         conn::clear_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>((&raw mut (*handover).http).cast());
         (*handover).seq = segment.seq;
         (*handover).len = segment.len;
+        (*handover).syn = u32::from(segment.flags & SYN != 0);
         (*handover).http.full_target = u8::from(sock::config_full_target());
         head::role(&mut (*handover).http, role::SERVER);
         scan::scan::<INGRESS>(skb, segment.payload_at, segment.seq, segment.len, &raw mut (*handover).http);
@@ -233,13 +307,29 @@ fn forget_handover() {
 /// The handshake is complete: the first byte of the peer will be, or was, `rcv_nxt`.
 #[inline(always)]
 pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32) {
+    let handed = conn.marks & mark::HANDED_OVER != 0;
+    // A segment that was read before the socket was cloned. With TCP Fast Open it is counted by now.
+    let (seq, len) = if handed { (conn.handed_seq, conn.handed_len) } else { (rcv_nxt, 0) };
+    conn.payload_end[INGRESS] = seq.wrapping_add(len);
+    let begins = if conn.marks & mark::HANDED_SYN != 0 { seq.wrapping_add(len) } else { seq };
+    if begins != rcv_nxt {
+        restart(conn);
+    }
     head::role(&mut conn.http, conn.role);
     head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
-    // With TCP Fast Open the payload of the SYN is counted by now.
-    if conn.marks & mark::HANDED_OVER != 0 && rcv_nxt.wrapping_sub(conn.handed_seq) > conn.handed_len {
-        // What was read before the socket was cloned was not the beginning.
-        head::lose::<INGRESS>(&mut conn.http);
+    if begins != rcv_nxt {
+        head::set_aside(&mut conn.http, seq, len);
     }
+}
+
+/// What was read before the socket was cloned was not the beginning: another segment, on its way still, holds that.
+#[inline(always)]
+fn restart(conn: &mut Conn) {
+    let full_target = conn.http.full_target;
+    // A segment that is read on another CPU now makes a gap, and is no more harm than that.
+    // SAFETY: `Http` is so many words.
+    unsafe { conn::clear_words::<{ size_of::<head::Http>() / 8 }>((&raw mut conn.http).cast()) };
+    conn.http.full_target = full_target;
 }
 
 /// The first sight of a socket, in `state`. The cookie is made by then, so that the mini-socket of a later TIME_WAIT

@@ -55,6 +55,7 @@ impl Types {
             sk_lock_owned: offset("sock", "sk_lock.owned")?,
             inet_sport: offset("inet_sock", "inet_sport")?,
             rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
+            rcv_wnd: offset("tcp_sock", "rcv_wnd")?,
             snd_una: offset("tcp_sock", "snd_una")?,
             write_seq: offset("tcp_sock", "write_seq")?,
             bytes_received: offset("tcp_sock", "bytes_received")?,
