@@ -35,12 +35,14 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
                 return;
             }
             (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::FIN_WAIT1 | tcp::LAST_ACK) => true,
-            // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear; or `tcp_abort`.
-            // After a FIN of ours the local close was made before, by whom we may not know.
+            // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear or says what ICMP once
+            // said (`IP_RECVERR`); or `tcp_abort`. After a FIN of ours the local close was made before, by whom we may not
+            // know.
             (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::CLOSE) => {
                 let err = sock::sk_err(sk);
                 aborted = err == sock::ECONNABORTED;
-                conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || aborted)
+                let old = err != sock::ETIMEDOUT && conn.flags & flag::RST_SENT == 0;
+                conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || aborted || old)
             }
             _ => false,
         };

@@ -94,6 +94,7 @@ const PF_KTHREAD: u32 = 0x0020_0000;
 const SIGNAL_GROUP_EXIT: u32 = 0x4;
 /// `include/uapi/asm-generic/errno.h`
 pub(crate) const ECONNABORTED: u32 = 103;
+pub(crate) const ETIMEDOUT: u32 = 110;
 
 /// # Safety
 /// `sk` is a BTF pointer to a `struct sock`.

@@ -209,6 +209,17 @@ mod endings {
     }
 
     #[test]
+    fn an_old_error_of_icmp_is_no_time_out_where_a_process_ends_the_socket() {
+        for (old, first) in [(TcpState::Established, ClosedBy::None), (TcpState::FinWait1, ClosedBy::Local)] {
+            let unread = with(|s| {
+                (s.old, s.first_end, s.fin_received) = (old, first, false);
+                (s.sk_err, s.in_process) = (113, true);
+            });
+            assert_eq!(ending(&unread), ended(ClosedBy::Local, Some(How::Rst), Reset, State), "{old:?}");
+        }
+    }
+
+    #[test]
     fn a_first_fin_from_before_the_start_has_no_known_time() {
         let half_closed = with(|s| (s.end_ns, s.first_end, s.payload_ns) = (None, ClosedBy::Remote, Some(1)));
         assert_eq!(idle_us(&half_closed), None);
