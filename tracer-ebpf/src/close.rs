@@ -86,8 +86,8 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
                 conn.end_ns = 0;
                 conn.rst_seen = 0;
             }
-            if let Some(rcv_nxt) = sock::rcv_nxt(sk) {
-                traffic::established(conn, rcv_nxt);
+            if let Some((rcv_nxt, snd_una)) = sock::progress(sk) {
+                traffic::established(conn, rcv_nxt, snd_una);
             }
         }
         if old != new || conn.states_len == 0 {

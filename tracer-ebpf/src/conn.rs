@@ -257,7 +257,10 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     if !passes(conn) {
         return false;
     }
-    head::settle(&mut conn.http);
+    // SAFETY: by the caller's word.
+    if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
+        head::settle(&mut conn.http, rcv_nxt, snd_una);
+    }
     let Some(mut entry) = RING.reserve(0) else {
         count(counter::LOST);
         return false;

@@ -433,16 +433,30 @@ fn pass_aside(http: &mut Http) {
     }
 }
 
-/// To be called before the verdict is read: what was put aside, and is still not known, is lost.
+/// To be called before the verdict is read, with the sequence numbers behind what was received, and behind what was sent
+/// and acknowledged. What was put aside, and is still not known, is lost; so is what passed by unseen.
 #[inline(always)]
-pub fn settle(http: &mut Http) {
-    if http.aside_at == http.aside_end || http.stopped != 0 {
+pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
+    if http.stopped != 0 {
         return;
     }
-    pass_aside(http);
-    if http.aside_at != http.aside_end && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
+    let mut unknown = false;
+    if http.aside_at != http.aside_end {
+        pass_aside(http);
+        unknown = http.aside_at != http.aside_end;
+    }
+    if (unknown || unseen(stream(http, INGRESS), received)) && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, INGRESS);
     }
+    if unseen(stream(http, EGRESS), acknowledged) && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
+        lose_direction(http, EGRESS);
+    }
+}
+
+/// Whether there are bytes before `end` that were not seen. One may be the FIN: it has a sequence number.
+#[inline(always)]
+fn unseen(s: &Stream, end: u32) -> bool {
+    s.marks & mark::SYNCED != 0 && s.phase != phase::HUNT && end.wrapping_sub(s.next) as i32 > 1
 }
 
 /// Whether a received segment may repeat bytes that were looked at: then [`again`] is to be called.

@@ -60,7 +60,9 @@ impl Connection {
     /// The verdict, were it read now.
     fn x(&self) -> Exchange {
         let mut http = self.http;
-        settle(&mut http);
+        // Nothing passes by unseen here.
+        let [received, acknowledged] = self.http.streams.map(|stream| stream.next);
+        settle(&mut http, received, acknowledged);
         http.exchange
     }
 
@@ -849,6 +851,33 @@ fn what_comes_too_early_is_put_aside() {
         c.send::<IN>(if role == SERVER { "GET  / HTTP/1.1\r\n\r\n" } else { OK });
         assert_eq!(c.x().flags & (bit::REQUESTS_LOST | bit::RESPONSES_LOST), known);
     }
+}
+
+#[test]
+fn what_passes_by_unseen_is_lost() {
+    let unseen = |c: &Connection, received: u32, acknowledged: u32| {
+        let mut http = c.http;
+        let [a, b] = c.next;
+        settle(&mut http, a.wrapping_add(received), b.wrapping_add(acknowledged));
+        http.exchange.flags & (bit::REQUESTS_LOST | bit::RESPONSES_LOST)
+    };
+    let mut c = Connection::new(SERVER);
+    sync::<IN>(&mut c.http, c.next[IN]);
+    sync::<OUT>(&mut c.http, c.next[OUT]);
+    for bytes in ["GET / HTTP/1.1\r\n", "\r\n", "POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n12345"] {
+        // All that was sent is seen before it is acknowledged; a FIN counts as one.
+        assert_eq!(unseen(&c, 1, 1), 0);
+        assert_eq!(unseen(&c, 0, 9), bit::RESPONSES_LOST);
+        assert_eq!(unseen(&c, 2, 0), bit::REQUESTS_LOST);
+        assert_eq!(unseen(&c, 0u32.wrapping_sub(5), 0), 0);
+        c.send::<IN>(bytes);
+    }
+    // What can be anything is not followed.
+    c.send::<OUT>("HTTP/1.0 200 OK\r\n\r\n").send::<OUT>("HTTP/1.0 200 OK\r\n\r\n");
+    assert_eq!(unseen(&c, 0, 1000), 0);
+    let mut c = Connection::new(SERVER);
+    mid_stream(&mut c.http);
+    assert_eq!(unseen(&c, 1000, 1000), 0);
 }
 
 #[test]

@@ -68,7 +68,7 @@ unsafe fn rcv_nxt(skb: *mut __sk_buff) -> Option<u32> {
         if sk.is_null() {
             return None;
         }
-        sock::rcv_nxt(sk.cast())
+        sock::progress(sk.cast()).map(|(rcv_nxt, _)| rcv_nxt)
     }
 }
 

@@ -163,23 +163,24 @@ pub(crate) unsafe fn ports(sk: Sock) -> (u16, u16) {
     }
 }
 
-/// The next sequence number expected from the peer; `None` if `sk` is no full TCP socket.
+/// The next sequence number expected from the peer, and the first one that it has not acknowledged; `None` if `sk` is no
+/// full TCP socket.
 ///
 /// # Safety
 /// As for [`is_tcp`], or `sk` is `__sk_buff.sk` checked against NULL.
 #[inline(always)]
-pub(crate) unsafe fn rcv_nxt(sk: Sock) -> Option<u32> {
+pub(crate) unsafe fn progress(sk: Sock) -> Option<(u32, u32)> {
     // SAFETY: by the caller's word.
     unsafe {
         let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
-        if tp.is_null() { None } else { Some(load!(tp, rcv_nxt, u32)) }
+        if tp.is_null() { None } else { Some((load!(tp, rcv_nxt, u32), load!(tp, snd_una, u32))) }
     }
 }
 
 /// Whether TCP may take a byte with this sequence number: it has not received it yet, and has granted a window for it.
 ///
 /// # Safety
-/// As for [`rcv_nxt`].
+/// As for [`progress`].
 #[inline(always)]
 pub(crate) unsafe fn expects(sk: Sock, seq: u32) -> bool {
     // SAFETY: by the caller's word.

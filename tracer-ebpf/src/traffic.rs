@@ -304,9 +304,9 @@ fn forget_handover() {
     }
 }
 
-/// The handshake is complete: the first byte of the peer will be, or was, `rcv_nxt`.
+/// The handshake is complete: the first byte of the peer will be, or was, `rcv_nxt`, and our first one is `snd_una`.
 #[inline(always)]
-pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32) {
+pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32, snd_una: u32) {
     let handed = conn.marks & mark::HANDED_OVER != 0;
     // A segment that was read before the socket was cloned. With TCP Fast Open it is counted by now.
     let (seq, len) = if handed { (conn.handed_seq, conn.handed_len) } else { (rcv_nxt, 0) };
@@ -317,6 +317,7 @@ pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32) {
     }
     head::role(&mut conn.http, conn.role);
     head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
+    head::sync::<EGRESS>(&mut conn.http, snd_una);
     if begins != rcv_nxt {
         head::set_aside(&mut conn.http, seq, len);
     }
