@@ -547,6 +547,45 @@ fn behind_several_extension_headers() {
 }
 
 #[test]
+fn behind_more_extension_headers_than_are_followed() {
+    let wire = Wire::v6("unseen");
+    let (listener, port) = wire.listen();
+    let tracer = Tracer::on_port(port);
+    let (first, second) = (get(""), get("Connection: close\r\n"));
+    let header = |next: u8| [next, 0, 1, 4, 0, 0, 0, 0];
+    let hidden = (60, [header(60), header(60), header(60), header(60), header(60), header(6)].concat());
+    // Part of a request that nobody sees, or all of it, or the only one.
+    for (whole, seen) in [(true, 0), (true, 10), (false, 0)] {
+        let (mut server, mut peer) = wire.accepted(&listener);
+        let mut at = 0;
+        if whole {
+            peer.data(0, &first);
+            receive(&mut server, first.len());
+            server.write_all(ok("").as_bytes()).expect("the connection is open");
+            peer.receive(ok("").len());
+            at = len(&first);
+        }
+        if seen > 0 {
+            peer.data(at, &second[..seen]);
+        }
+        peer.between = hidden.clone();
+        peer.data(at + i32::try_from(seen).expect("small"), &second[seen..]);
+        receive(&mut server, second.len());
+        peer.between = (6, Vec::new());
+        answer_and_close(server, &mut peer, at + len(&second), &ok(""));
+        let close = record(&tracer, &peer);
+        expect(
+            &close,
+            &json!({
+                "closed_by": "local", "how": "fin", "final": "time_wait", "cause": "unknown",
+                "http": { "request_connection": "unobserved" },
+            }),
+        );
+    }
+    tracer.stop();
+}
+
+#[test]
 fn probes_are_no_payload() {
     let wire = Wire::new("probe");
     let (listener, port) = wire.listen();
