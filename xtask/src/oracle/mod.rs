@@ -50,7 +50,7 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("tracer-oracle-").tempdir()?;
     programs::build(directory.path())?;
     let network = Network::new(u8::try_from(Client::ALL.len())?)?;
-    let tracer = Tracer::start(&workspace::target_dir().join("release/tracer"))?;
+    let tracer = Tracer::start(&workspace::target_dir().join("release/tracer"), &network)?;
 
     let batches: Vec<_> = Server::ALL
         .into_iter()
@@ -359,7 +359,7 @@ struct Tracer {
 }
 
 impl Tracer {
-    fn start(binary: &PathBuf) -> Result<Self> {
+    fn start(binary: &PathBuf, network: &Network) -> Result<Self> {
         let mut child = Command::new(binary)
             .args(["run", "--json"])
             .stdin(Stdio::null())
@@ -375,7 +375,8 @@ impl Tracer {
         let closes = Arc::default();
         let reader = std::thread::spawn({
             let closes = Arc::clone(&closes);
-            move || read(stdout, &closes)
+            let ours = [&network.servers, &network.clients].map(|namespace| format!("\"netns\":{},", namespace.inode));
+            move || read(stdout, &ours, &closes)
         });
         Ok(Self { child, closes, reader })
     }
@@ -396,11 +397,16 @@ impl Tracer {
     }
 }
 
-/// Reads to the end: the number of lost records.
-fn read(stdout: BufReader<ChildStdout>, closes: &Mutex<HashMap<Key, Vec<Value>>>) -> Result<u64> {
+/// Reads to the end, what is of our namespaces: the number of lost records.
+fn read(stdout: BufReader<ChildStdout>, ours: &[String], closes: &Mutex<HashMap<Key, Vec<Value>>>) -> Result<u64> {
     let mut lost = None;
     for line in stdout.lines() {
-        let event: Value = serde_json::from_str(&line?)?;
+        let line = line?;
+        // Quickly, or a busy host's other connections would hold tracer up.
+        if line.starts_with(r#"{"type":"close""#) && !ours.iter().any(|netns| line.contains(netns)) {
+            continue;
+        }
+        let event: Value = serde_json::from_str(&line)?;
         match event["type"].as_str() {
             Some("close") => {
                 let address = |end: &str| event[end].as_str().and_then(|text| text.parse().ok());

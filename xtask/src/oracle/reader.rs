@@ -79,14 +79,16 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
     if from_client.starts_with(b"PRI * HTTP/2") {
         return other("h2");
     }
-    if from_client.starts_with(&[0x16, 3]) {
+    // Unless the server does not speak it, and says so in the clear.
+    if from_client.starts_with(&[0x16, 3]) && !from_server.starts_with(b"HTTP/1.") {
         return other("tls");
     }
-    let mut requests = requests(from_client);
+    let (mut requests, mut unreadable) = requests(from_client);
     let (responses, rest) = responses(from_server, &requests);
     if rest == Rest::Switched {
         // What follows is not HTTP/1.x, even if it looks so.
         requests.truncate(responses.len());
+        unreadable = false;
     }
     let Some(version) =
         requests.last().map(|last| last.head.version).or(responses.last().map(|last| last.head.version))
@@ -96,9 +98,11 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
     let whole = |head: &&Head| head.connection.is_some();
     let request_heads = requests.iter().map(|request| &request.head).filter(whole).count();
     let response_heads = responses.iter().map(|response| &response.head).filter(whole).count();
-    let request = requests.last();
+    // What cannot be read was meant as one more request, and a server may answer it.
+    let request = requests.last().filter(|_| !unreadable);
+    let begun = requests.len() + usize::from(unreadable);
     // It answers the last request, or was sent without one.
-    let response = responses.last().filter(|_| responses.len() >= requests.len());
+    let response = responses.last().filter(|_| responses.len() >= begun);
     let answered = response.is_some_and(|response| response.head.connection.is_some());
     let tokens = |head: &Head| head.connection.clone().unwrap_or_else(|| "unobserved".to_owned());
     let protocol = match response {
@@ -121,7 +125,11 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
             "status": response.map(|response| response.status),
             "request_version": request.map(|request| request.head.version),
             "response_version": response.map(|response| response.head.version),
-            "request_connection": request.map(|request| tokens(&request.head)),
+            "request_connection": if unreadable {
+                Some("unobserved".to_owned())
+            } else {
+                request.map(|request| tokens(&request.head))
+            },
             "response_connection": response.map(|response| tokens(&response.head)),
             "answered": answered,
         }),
@@ -130,7 +138,8 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
     }
 }
 
-fn requests(mut bytes: &[u8]) -> Vec<Request> {
+/// The requests, and whether something comes behind them that is none.
+fn requests(mut bytes: &[u8]) -> (Vec<Request>, bool) {
     let mut requests = Vec::new();
     loop {
         // RFC 9112, section 2.2: empty lines before a request are ignored.
@@ -139,20 +148,20 @@ fn requests(mut bytes: &[u8]) -> Vec<Request> {
         }
         let mut fields = [EMPTY_HEADER; FIELDS];
         let mut parsed = httparse::Request::new(&mut fields);
-        let Ok(status) = parsed.parse(bytes) else { return requests };
+        let Ok(status) = parsed.parse(bytes) else { return (requests, true) };
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
-            return requests;
+            return (requests, false);
         };
         let head = head(version, parsed.headers, status);
         // A version is whole once the line is.
         if !bytes.contains(&b'\n') {
-            return requests;
+            return (requests, false);
         }
         let (length, framing) = (head.length, head.framing);
         let whole = head.connection.is_some();
         requests.push(Request { method: method.to_owned(), target: target.to_owned(), head });
         let rest = bytes.get(length..).unwrap_or_default();
-        let Some(body) = (if whole { body(rest, framing, Some(0)) } else { None }) else { return requests };
+        let Some(body) = (if whole { body(rest, framing, Some(0)) } else { None }) else { return (requests, false) };
         bytes = rest.get(body..).unwrap_or_default();
     }
 }
