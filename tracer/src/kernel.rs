@@ -67,6 +67,9 @@ const TRACEPOINTS: [&str; 4] = ["tcp_receive_reset", "tcp_send_reset", "tcp_rcv_
 /// The last one to be attached: a socket's first transition must find the hooks that complete it.
 const TRANSITIONS: &str = "inet_sock_set_state";
 
+/// At the same hook, behind that one: what it is kept from seeing.
+const NESTED_TRANSITIONS: &str = "inet_sock_set_state_nested";
+
 /// Only with `--pid`: its descendants.
 const PID_TRACEPOINTS: [&str; 2] = ["sched_process_fork", "sched_process_free"];
 
@@ -110,7 +113,7 @@ impl Kernel {
         let mut hooks = Vec::new();
         let pid_tracepoints = if ask.pids.is_empty() { &[] } else { PID_TRACEPOINTS.as_slice() };
         for name in pid_tracepoints.iter().chain(&TRACEPOINTS) {
-            tracepoint(&mut ebpf, name, &btf)?;
+            tracepoint(&mut ebpf, name, name, &btf)?;
             hooks.push(format!("tp_btf/{name}"));
         }
         follow(&mut ebpf, &ask.pids)?;
@@ -122,7 +125,9 @@ impl Kernel {
                 .with_context(|| format!("cannot attach cgroup_skb/{name} to the cgroup-v2 root"))?;
             hooks.push(format!("cgroup_skb/{name}"));
         }
-        tracepoint(&mut ebpf, TRANSITIONS, &btf)?;
+        for name in [TRANSITIONS, NESTED_TRANSITIONS] {
+            tracepoint(&mut ebpf, name, TRANSITIONS, &btf)?;
+        }
         hooks.push(format!("tp_btf/{TRANSITIONS}"));
 
         walk_open_files(&mut ebpf, &btf)?;
@@ -204,9 +209,10 @@ fn follow(ebpf: &mut Ebpf, pids: &[u32]) -> Result<()> {
     Ok(())
 }
 
-fn tracepoint(ebpf: &mut Ebpf, name: &str, btf: &Btf) -> Result<()> {
+/// Loads program `name` and attaches it to `hook`.
+fn tracepoint(ebpf: &mut Ebpf, name: &str, hook: &str, btf: &Btf) -> Result<()> {
     let program: &mut BtfTracePoint = program(ebpf, name)?.try_into()?;
-    program.load(name, btf).with_context(|| format!("the kernel refused program tp_btf/{name}"))?;
+    program.load(hook, btf).with_context(|| format!("the kernel refused program tp_btf/{name}"))?;
     program.attach().with_context(|| format!("cannot attach tp_btf/{name}"))?;
     Ok(())
 }
