@@ -863,9 +863,10 @@ fn a_path_that_loses_packets() {
         right_or_unobserved(close, "response_connection", "absent");
         assert!(matches!(close["cause"].as_str(), Some("request_close" | "unknown")), "{close:#}");
         unobserved[usize::from(server)] += usize::from(close["cause"] == "unknown");
-        let ends = (close["closed_by"].as_str(), close["final"].as_str());
-        let wanted = if server { (Some("local"), Some("time_wait")) } else { (Some("remote"), Some("closed")) };
-        assert_eq!(ends, wanted, "{close:#}");
+        let (by, fate) = if server { ("local", "time_wait") } else { ("remote", "closed") };
+        expect(close, &json!({ "closed_by": by }));
+        // A late segment, answered by a RST, can end TIME_WAIT before the kernel is asked for it.
+        assert!(close["final"] == fate || server && close["final"] == "unknown", "{close:#}");
     }
     eprintln!(
         "of {} requests {} unobserved at the client, {} at the server",
