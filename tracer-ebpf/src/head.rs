@@ -476,7 +476,8 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
     if (repeated.wrapping_sub(next) as i32) <= 0 {
         return;
     }
-    if http.stopped != 0 {
+    // Its kind, too, was read from what need not be there.
+    if http.stopped != 0 || http.exchange.protocol > protocol::HTTP1 {
         http.stopped = 0;
         http.exchange.protocol = protocol::UNDECIDED;
     }

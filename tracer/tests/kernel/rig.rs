@@ -333,8 +333,24 @@ pub(crate) fn is_socket(event: &Value, local: u16, remote: u16) -> bool {
 #[track_caller]
 pub(crate) fn expect(record: &Value, wanted: &Value) {
     let mut differences = String::new();
-    compare("", record, wanted, &mut differences);
+    let mut wanted = wanted.clone();
+    if wanted.get("closer").is_some_and(Value::is_null) && record["process"]["pid"] == std::process::id() {
+        forgive_forks(record, &mut wanted);
+    }
+    compare("", record, &wanted, &mut differences);
     assert!(differences.is_empty(), "{differences}in the record\n{record:#}");
+}
+
+/// A child that another test starts has a copy of each of this process's descriptors, from its `fork` to its `exec`. If one
+/// is closed here in that moment, it is the child that lets go last, and so it is the closer.
+fn forgive_forks(record: &Value, wanted: &mut Value) {
+    let Some(closer) = record["closer"]["pid"].as_u64() else { return };
+    let status = std::fs::read_to_string(format!("/proc/{closer}/status")).unwrap_or_default();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).map(|pid| pid.trim().parse());
+    // It may have ended since.
+    if parent.is_none() || parent == Some(Ok(std::process::id())) {
+        wanted["closer"] = record["closer"].clone();
+    }
 }
 
 fn compare(path: &str, record: &Value, wanted: &Value, differences: &mut String) {

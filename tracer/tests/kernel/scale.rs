@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket, sockopt};
 use rustix::process::Signal;
 use serde::Deserialize;
@@ -156,11 +157,20 @@ const AGAIN: usize = 1_000;
 
 /// Connects from a port of our choice, which may still be in use by a TIME_WAIT socket.
 fn connect_from(port: u16, to: SocketAddr) -> TcpStream {
-    let fd = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
-    sockopt::set_socket_reuseaddr(&fd, true).expect("it can be set");
-    bind(&fd, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).expect("it may be bound again");
-    connect(&fd, &to).expect("it listens");
-    TcpStream::from(fd)
+    let mut stream = None;
+    wait_until("the last socket to let go of the address", || {
+        let fd = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+        sockopt::set_socket_reuseaddr(&fd, true).expect("it can be set");
+        bind(&fd, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).expect("it may be bound again");
+        match connect(&fd, &to) {
+            Ok(()) => stream = Some(TcpStream::from(fd)),
+            // The ACK that ends LAST_ACK may be on its way.
+            Err(Errno::ADDRNOTAVAIL) => {}
+            Err(error) => panic!("it listens: {error}"),
+        }
+        stream.is_some()
+    });
+    stream.expect("it was waited for")
 }
 
 /// The server closes first and is left in TIME_WAIT, which gives way to the next SYN from the same port at once.
@@ -169,9 +179,7 @@ fn the_same_addresses_again_and_again() {
     let listener = Listener::new();
     let tracer = Tracer::on_port(listener.port);
     let to = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.port));
-    let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let client_port = probe.local_addr().expect("bound").port();
-    drop(probe);
+    let client_port = free_port();
     for n in 0..AGAIN {
         let mut client = connect_from(client_port, to);
         let (mut server, _) = listener.accept();
