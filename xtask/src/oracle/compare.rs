@@ -145,7 +145,8 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
 pub(crate) fn witnesses_agree(connection: &Connection) -> Result<(), String> {
     let [client, server] = [End::Client, End::Server].map(|end| connection.sent_by(end));
     let reading = reader::read(&client.stream, &server.stream);
-    if !matches!(reading.protocol, "http/1.0" | "http/1.1") {
+    // `tshark` shows no message that lacks a part of its body.
+    if !matches!(reading.protocol, "http/1.0" | "http/1.1") || reading.unfinished {
         return Ok(());
     }
     let requests: Vec<_> = client.messages.iter().filter(|message| matches!(message, Message::Request(..))).collect();
@@ -169,7 +170,6 @@ pub(crate) fn witnesses_agree(connection: &Connection) -> Result<(), String> {
         json!([http["requests"], [http["method"], http["target"]], responses, status])
     };
     let whole = ours(&http["responses"], &http["status"]);
-    // `tshark` shows no response that lacks a part of its body.
     let cut = reading.body != reader::Body::Complete && http["answered"] == true;
     let less = http["responses"].as_u64().map(|responses| json!(responses.saturating_sub(1)));
     if theirs == whole || cut && less.is_some_and(|less| theirs == ours(&less, &Value::Null)) {
@@ -291,7 +291,7 @@ fn cause(reading: &Reading, record: &Value) -> &'static str {
     {
         return "http10";
     }
-    if reading.body == reader::Body::UntilClose || reading.garbage {
+    if reading.body == reader::Body::UntilClose || reading.garbage || reading.unfinished {
         return "unknown";
     }
     // How long it was idle is tracer's own clock: the capture's runs beside it.

@@ -55,6 +55,8 @@ pub(crate) struct Reading {
     pub(crate) http: Value,
     /// What became of the body of the last final response.
     pub(crate) body: Body,
+    /// Some of the last request's body is missing.
+    pub(crate) unfinished: bool,
     /// Behind the last response comes something that is none.
     pub(crate) garbage: bool,
 }
@@ -72,7 +74,8 @@ pub(crate) enum Body {
 
 /// Reads both directions of a connection.
 pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
-    let other = |protocol| Reading { protocol, http: Value::Null, body: Body::Complete, garbage: false };
+    let other =
+        |protocol| Reading { protocol, http: Value::Null, body: Body::Complete, unfinished: false, garbage: false };
     if from_client.is_empty() && from_server.is_empty() {
         return other("none");
     }
@@ -83,9 +86,10 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
     if from_client.starts_with(&[0x16, 3]) && !from_server.starts_with(b"HTTP/1.") {
         return other("tls");
     }
-    let (mut requests, mut unreadable) = requests(from_client);
-    let (responses, rest) = responses(from_server, &requests);
-    if rest == Rest::Switched {
+    let (mut requests, rest) = requests(from_client);
+    let mut unreadable = rest == Rest::Garbage;
+    let (responses, behind) = responses(from_server, &requests);
+    if behind == Rest::Switched {
         // What follows is not HTTP/1.x, even if it looks so.
         requests.truncate(responses.len());
         unreadable = false;
@@ -134,12 +138,13 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
             "answered": answered,
         }),
         body: response.map_or(Body::Complete, |response| response.body),
-        garbage: rest == Rest::Garbage,
+        unfinished: rest == Rest::Body,
+        garbage: behind == Rest::Garbage,
     }
 }
 
-/// The requests, and whether something comes behind them that is none.
-fn requests(mut bytes: &[u8]) -> (Vec<Request>, bool) {
+/// The requests, and what comes behind them.
+fn requests(mut bytes: &[u8]) -> (Vec<Request>, Rest) {
     let mut requests = Vec::new();
     loop {
         // RFC 9112, section 2.2: empty lines before a request are ignored.
@@ -148,32 +153,37 @@ fn requests(mut bytes: &[u8]) -> (Vec<Request>, bool) {
         }
         let mut fields = [EMPTY_HEADER; FIELDS];
         let mut parsed = httparse::Request::new(&mut fields);
-        let Ok(status) = parsed.parse(bytes) else { return (requests, true) };
+        let Ok(status) = parsed.parse(bytes) else { return (requests, Rest::Garbage) };
         let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
-            return (requests, false);
+            return (requests, Rest::Nothing);
         };
         let head = head(version, parsed.headers, status);
         // A version is whole once the line is.
         if !bytes.contains(&b'\n') {
-            return (requests, false);
+            return (requests, Rest::Nothing);
         }
         let (length, framing) = (head.length, head.framing);
         let whole = head.connection.is_some();
         requests.push(Request { method: method.to_owned(), target: target.to_owned(), head });
         let rest = bytes.get(length..).unwrap_or_default();
-        let Some(body) = (if whole { body(rest, framing, Some(0)) } else { None }) else { return (requests, false) };
+        if !whole {
+            return (requests, Rest::Nothing);
+        }
+        let Some(body) = body(rest, framing, Some(0)) else { return (requests, Rest::Body) };
         bytes = rest.get(body..).unwrap_or_default();
     }
 }
 
-/// What comes behind the last response.
+/// What comes behind the last message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rest {
-    /// Nothing, or a part of a message.
+    /// Nothing, or a part of a head.
     Nothing,
+    /// A part of its body.
+    Body,
     /// No HTTP/1.x any more: the last response was a 101, or accepted a `CONNECT`.
     Switched,
-    /// Something that is no response.
+    /// Something that is no message.
     Garbage,
 }
 
