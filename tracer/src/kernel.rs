@@ -67,8 +67,8 @@ const TRACEPOINTS: [&str; 4] = ["tcp_receive_reset", "tcp_send_reset", "tcp_rcv_
 /// The last one to be attached: a socket's first transition must find the hooks that complete it.
 const TRANSITIONS: &str = "inet_sock_set_state";
 
-/// At the same hook, behind that one: what it is kept from seeing.
-const NESTED_TRANSITIONS: &str = "inet_sock_set_state_nested";
+/// At the same hook: what happens in softirq, which may interrupt that one.
+const SOFTIRQ_TRANSITIONS: &str = "inet_sock_set_state_softirq";
 
 /// Only with `--pid`: its descendants.
 const PID_TRACEPOINTS: [&str; 2] = ["sched_process_fork", "sched_process_free"];
@@ -125,7 +125,7 @@ impl Kernel {
                 .with_context(|| format!("cannot attach cgroup_skb/{name} to the cgroup-v2 root"))?;
             hooks.push(format!("cgroup_skb/{name}"));
         }
-        for name in [TRANSITIONS, NESTED_TRANSITIONS] {
+        for name in [TRANSITIONS, SOFTIRQ_TRANSITIONS] {
             tracepoint(&mut ebpf, name, TRANSITIONS, &btf)?;
         }
         hooks.push(format!("tp_btf/{TRANSITIONS}"));
