@@ -2,6 +2,7 @@
 
 mod ebpf;
 mod lint;
+mod network;
 mod oracle;
 mod run;
 mod test;

@@ -26,9 +26,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use self::compare::{Comparison, Ends, Owners, Truth, compare};
-use self::network::{Capture, Namespace, Network, Route};
+use self::network::{Capture, Network, Route};
 use self::packets::{Connection, End, connections};
-use self::programs::{Client, Running, Server};
+use self::programs::{Client, Server};
+use crate::network::{Namespace, Running};
 use crate::workspace;
 
 /// The first port of the servers; each batch has its own.

@@ -1,18 +1,15 @@
 //! Two network namespaces joined by a veth pair, and captures of all that passes in them. Gone when they go out of scope.
 
-use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use crate::network::Namespace;
 use crate::workspace;
 
 /// How clients reach the server.
@@ -65,61 +62,6 @@ impl Route {
     }
 }
 
-/// A network namespace.
-pub(crate) struct Namespace {
-    name: String,
-    pub(crate) inode: u64,
-}
-
-impl Namespace {
-    fn new(which: &str) -> Result<Self> {
-        let name = format!("tracer-oracle-{which}-{}", std::process::id());
-        ip(&["netns", "add", &name])?;
-        let inode = fs::metadata(format!("/run/netns/{name}"))?.ino();
-        let namespace = Self { name, inode };
-        namespace.ip(&["link", "set", "lo", "up"])?;
-        Ok(namespace)
-    }
-
-    fn ip(&self, args: &[&str]) -> Result<()> {
-        ip(&[&["-n", self.name.as_str()], args].concat())
-    }
-
-    fn path(&self) -> PathBuf {
-        Path::new("/run/netns").join(&self.name)
-    }
-
-    /// A program that runs in this namespace, and dies with us.
-    pub(crate) fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", "nsenter"]);
-        command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
-        command
-    }
-
-    /// Moves the calling thread into this namespace, for good.
-    pub(crate) fn enter(&self) -> Result<()> {
-        let file = File::open(self.path())?;
-        Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
-    }
-
-    /// What `ss` prints of this namespace's TCP sockets.
-    pub(crate) fn ss(&self, args: &[&str]) -> Result<String> {
-        workspace::output(self.command(Path::new("ss")).args(["-H", "-t", "-n"]).args(args))
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        // It may have no processes any more; deleting it twice does no harm.
-        let _ = ip(&["netns", "del", &self.name]);
-    }
-}
-
-fn ip(args: &[&str]) -> Result<()> {
-    workspace::succeed(Command::new("ip").args(args))
-}
-
 /// The two namespaces: the servers' and the clients'.
 pub(crate) struct Network {
     pub(crate) servers: Namespace,
@@ -129,7 +71,7 @@ pub(crate) struct Network {
 impl Network {
     /// With addresses for so many clients.
     pub(crate) fn new(clients: u8) -> Result<Self> {
-        let network = Self { servers: Namespace::new("a")?, clients: Namespace::new("b")? };
+        let network = Self { servers: Namespace::new("oracle-a")?, clients: Namespace::new("oracle-b")? };
         let Self { servers, clients: other } = &network;
         servers.ip(&["link", "add", "veth", "type", "veth", "peer", "name", "veth", "netns", &other.name])?;
         for namespace in [servers, other] {
@@ -148,12 +90,8 @@ impl Network {
             add(servers, &format!("{}/128", Route::Loopback6.address(client)), "lo")?;
         }
         for namespace in [servers, other] {
-            let set = "net.core.somaxconn=4096 net.ipv4.tcp_max_syn_backlog=4096".split(' ');
-            for setting in set {
-                let (name, value) = setting.split_once('=').unwrap_or_default();
-                // Not each kernel has each of them for each namespace; they make room, no more.
-                let path = format!("/proc/sys/{}", name.replace('.', "/"));
-                let _ = namespace.command(Path::new("sh")).args(["-c", &format!("echo {value} > {path}")]).status();
+            for name in ["net.core.somaxconn", "net.ipv4.tcp_max_syn_backlog"] {
+                namespace.set(name, "4096");
             }
         }
         Ok(network)

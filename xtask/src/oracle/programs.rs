@@ -3,13 +3,11 @@
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use rustix::process::{Pid, Signal, kill_process_group};
-use std::os::unix::process::CommandExt as _;
 
-use crate::oracle::network::Namespace;
+use crate::network::{Namespace, Running};
 use crate::workspace::{self, Program};
 
 /// What the oracle runs, and the Debian package that has it.
@@ -327,45 +325,5 @@ impl Client {
             Self::Java => one("java", owned(&["-cp", &text(programs), "Client", &url("/"), &n])),
             Self::Raw => Ok(Vec::new()),
         }
-    }
-}
-
-/// A process that was started, killed with its group when it goes out of scope.
-pub(crate) struct Running {
-    pub(crate) child: Child,
-}
-
-impl Running {
-    pub(crate) fn start(command: &mut Command, directory: &Path, name: &str) -> Result<Self> {
-        let out = fs::File::create(directory.join(format!("{name}.out")))?;
-        let log = fs::File::create(directory.join(format!("{name}.log")))?;
-        let child = command
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(out)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("cannot run {command:?}"))?;
-        Ok(Self { child })
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// The processes that handle connections: the children, if there are any, else the process itself.
-    pub(crate) fn handlers(&self) -> Vec<u32> {
-        let pid = self.pid();
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let children: Vec<u32> = children.split_whitespace().filter_map(|child| child.parse().ok()).collect();
-        if children.is_empty() { vec![pid] } else { children }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
-        let _ = self.child.wait();
     }
 }
