@@ -448,7 +448,7 @@ fn lost_and_summary() {
         Event::Summary(Summarizer::new().finish(noon(), Duration::from_secs(1), Missed::default())),
     ];
     insta::assert_snapshot!(print_text(&events), @"
-    12:00:00 LOST 17 records since 11:58:59: as many lines are missing
+    12:00:00 LOST 17 records since 11:58:59: up to as many lines are missing
     12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost, 1 stuck in CLOSE_WAIT, 3 could not be followed
       CLOSES TIME_WAIT PROCESS            CLOSED CAUSE          PEER
           17        17 4200001/server     local  unknown        127.0.0.1

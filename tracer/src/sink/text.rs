@@ -193,7 +193,7 @@ impl Text {
         line.stop(column::PROCESS);
         let records = if lost.records == 1 { "record" } else { "records" };
         line.style(ALARM, |line| {
-            line.put(&format!("LOST {} {records} since {since}: as many lines are missing", lost.records));
+            line.put(&format!("LOST {} {records} since {since}: up to as many lines are missing", lost.records));
         });
         line.end();
     }
