@@ -1,5 +1,6 @@
 //! The project's own commands: `cargo xtask SUBCOMMAND`, one file for each.
 
+mod bench;
 mod ebpf;
 mod lint;
 mod network;
@@ -21,6 +22,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure what tracer costs, beside its peers, and judge it by its budgets; as root
+    Bench(bench::Options),
+    /// A process of the benchmark, which holds connections open
+    #[command(hide = true)]
+    Hold { port: u16, count: usize },
     /// Build tracer and run it as root (through sudo if needed); every argument is passed on
     #[command(disable_help_flag = true)]
     Run {
@@ -52,6 +58,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Bench(options) => bench::bench(&options),
+        Command::Hold { port, count } => bench::hold(port, count),
         Command::Run { args } => run::run(args),
         Command::Demo => run::run(vec!["--demo".into()]),
         Command::Ebpf { check: false } => ebpf::install(),
