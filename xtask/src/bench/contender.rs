@@ -203,19 +203,30 @@ impl Active {
     pub(crate) fn stop(mut self, contender: Contender) -> Result<Ended> {
         self.read();
         let Some((mut child, output)) = self.process.take() else { return Ok(Ended::default()) };
-        kill_process(Pid::from_child(&child), Signal::INT)?;
         let deadline = Instant::now() + Duration::from_secs(20);
+        let mut ask_at = Instant::now();
+        let mut killed = false;
         while child.try_wait()?.is_none() {
-            if Instant::now() > deadline {
+            let now = Instant::now();
+            if now > deadline {
                 child.kill()?;
                 child.wait()?;
-                bail!("{} did not end", contender.name());
+                killed = true;
+                break;
+            }
+            // bpftrace has been seen to miss one.
+            if now >= ask_at {
+                kill_process(Pid::from_child(&child), Signal::INT)?;
+                ask_at = now + Duration::from_secs(2);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+        if killed && !Contender::PEERS.contains(&contender) {
+            bail!("{} did not end", contender.name());
+        }
         let read = output.reader.join().map_err(|_| anyhow!("the reader panicked"))??;
         let stderr = fs::read_to_string(&self.stderr).unwrap_or_default();
-        let mut ended = Ended { latencies_us: read.latencies_us, ..Ended::default() };
+        let mut ended = Ended { killed, latencies_us: read.latencies_us, ..Ended::default() };
         match contender {
             Contender::Json => {
                 let last = read.tail.lines().next_back().unwrap_or_default();
@@ -269,6 +280,8 @@ fn after_lost(line: &str) -> Option<u64> {
 pub(crate) struct Ended {
     /// Records, events or packets, by its own account.
     pub(crate) lost: u64,
+    /// A peer that did not end, and so may have lost more.
+    pub(crate) killed: bool,
     /// That tracer has printed.
     pub(crate) closes: u64,
     /// From the kernel's record to its line, sorted.

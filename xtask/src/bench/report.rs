@@ -22,6 +22,8 @@ pub(crate) struct Figures {
     /// The rate divided by that without it right before and after, for each round.
     pub(crate) kept: Vec<f64>,
     pub(crate) lost: u64,
+    /// In some round it had to be killed: it may have lost more.
+    pub(crate) killed: bool,
     /// The most of all rounds.
     pub(crate) resident: Option<u64>,
     pub(crate) maps: Option<u64>,
@@ -51,7 +53,7 @@ impl Figures {
         let programs = self.programs.iter().map(|(name, runs, ns)| json!({ "name": name, "runs": runs, "ns": ns }));
         json!({
             "bpf_ns": self.bpf_ns, "daemon_ns": self.daemon_ns, "total_ns": self.total_ns,
-            "programs": programs.collect::<Vec<_>>(), "kept": self.kept, "kept_median": self.kept(), "lost": self.lost,
+            "programs": programs.collect::<Vec<_>>(), "kept": self.kept, "kept_median": self.kept(), "lost": self.lost, "killed": self.killed,
             "resident_bytes": self.resident, "map_bytes": self.maps, "failed": self.failed,
         })
     }
@@ -185,7 +187,11 @@ impl Report {
                 number(figures.bpf_ns.filter(|_| figures.runs().is_some()), 0),
                 number(figures.runs(), 1),
                 number(daemon, 0),
-                if is_floor { "–".to_owned() } else { figures.lost.to_string() },
+                match figures.lost {
+                    _ if is_floor => "–".to_owned(),
+                    lost if figures.killed => format!("{lost} or more"),
+                    lost => lost.to_string(),
+                },
                 figures.resident.map_or("–".to_owned(), megabytes),
                 figures.maps.filter(|maps| *maps > 0).map_or("–".to_owned(), megabytes),
             );
