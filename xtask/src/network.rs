@@ -1,7 +1,7 @@
 //! Network namespaces, and the programs that run in them. Gone when they go out of scope.
 
 use std::fs::{self, File};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -9,32 +9,39 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process_group};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::workspace;
 
-/// A network namespace.
+/// A network namespace without a name: it is gone with this process, however that ends.
 pub(crate) struct Namespace {
-    pub(crate) name: String,
+    file: File,
     pub(crate) inode: u64,
 }
 
 impl Namespace {
-    pub(crate) fn new(which: &str) -> Result<Self> {
-        let name = format!("tracer-{which}-{}", std::process::id());
-        ip(&["netns", "add", &name])?;
-        let inode = fs::metadata(format!("/run/netns/{name}"))?.ino();
-        let namespace = Self { name, inode };
+    pub(crate) fn new() -> Result<Self> {
+        // A thread of its own makes it, and ends: the others stay where they are.
+        let thread = std::thread::spawn(|| -> Result<File> {
+            // SAFETY: a network namespace has no part in what threads of a process must share.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context("cannot make a network namespace")?;
+            Ok(File::open("/proc/thread-self/ns/net")?)
+        });
+        let file = thread.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+        let inode = file.metadata()?.ino();
+        let namespace = Self { file, inode };
         namespace.ip(&["link", "set", "lo", "up"])?;
         Ok(namespace)
     }
 
+    /// Runs `ip` in this namespace.
     pub(crate) fn ip(&self, args: &[&str]) -> Result<()> {
-        ip(&[&["-n", self.name.as_str()], args].concat())
+        workspace::succeed(self.command(Path::new("ip")).args(args))
     }
 
-    fn path(&self) -> PathBuf {
-        Path::new("/run/netns").join(&self.name)
+    /// Where other processes find it, while this one runs.
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()))
     }
 
     /// Sets a kernel parameter, where this kernel has it for each namespace: they make room, no more.
@@ -53,25 +60,13 @@ impl Namespace {
 
     /// Moves the calling thread into this namespace, for good.
     pub(crate) fn enter(&self) -> Result<()> {
-        let file = File::open(self.path())?;
-        Ok(move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?)
+        Ok(move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 
     /// What `ss` prints of this namespace's TCP sockets.
     pub(crate) fn ss(&self, args: &[&str]) -> Result<String> {
         workspace::output(self.command(Path::new("ss")).args(["-H", "-t", "-n"]).args(args))
     }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        // It may have no processes any more; deleting it twice does no harm.
-        let _ = ip(&["netns", "del", &self.name]);
-    }
-}
-
-fn ip(args: &[&str]) -> Result<()> {
-    workspace::succeed(Command::new("ip").args(args))
 }
 
 /// A process that was started, killed with its group when it goes out of scope.

@@ -52,7 +52,7 @@ pub(crate) struct Load {
 
 impl Load {
     pub(crate) fn start(directory: &Path) -> Result<Self> {
-        let namespace = Namespace::new("bench")?;
+        let namespace = Namespace::new()?;
         // No TIME_WAIT must be in doubt for want of room. Each short connection leaves one, of which there are as many as
         // local ports at most: a port is used again while its last connection is in TIME_WAIT on the server's side.
         for (name, value) in [

@@ -71,9 +71,20 @@ pub(crate) struct Network {
 impl Network {
     /// With addresses for so many clients.
     pub(crate) fn new(clients: u8) -> Result<Self> {
-        let network = Self { servers: Namespace::new("oracle-a")?, clients: Namespace::new("oracle-b")? };
+        let network = Self { servers: Namespace::new()?, clients: Namespace::new()? };
         let Self { servers, clients: other } = &network;
-        servers.ip(&["link", "add", "veth", "type", "veth", "peer", "name", "veth", "netns", &other.name])?;
+        servers.ip(&[
+            "link",
+            "add",
+            "veth",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "veth",
+            "netns",
+            &other.path().display().to_string(),
+        ])?;
         for namespace in [servers, other] {
             namespace.ip(&["link", "set", "veth", "up"])?;
         }

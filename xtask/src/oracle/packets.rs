@@ -17,7 +17,7 @@ const RST: u16 = 1 << 2;
 const ACK: u16 = 1 << 4;
 
 /// The fields that `tshark` prints, in this order.
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 10] = [
     "ip.src",
     "ipv6.src",
     "ip.dst",
@@ -28,10 +28,9 @@ const FIELDS: [&str; 13] = [
     "tcp.seq_raw",
     "tcp.ack_raw",
     "tcp.payload",
-    "http.request.method",
-    "http.request.uri",
-    "http.response.code",
 ];
+/// Likewise of the packets in which a message ends.
+const MESSAGE_FIELDS: [&str; 4] = ["frame.number", "http.request.method", "http.request.uri", "http.response.code"];
 
 /// One TCP segment.
 #[derive(Debug)]
@@ -278,24 +277,19 @@ pub(crate) enum FirstEnd {
 ///
 /// `tshark` takes what goes to or comes from `ports` for HTTP.
 pub(crate) fn connections(capture: &Path, ports: RangeInclusive<u16>) -> Result<Vec<Connection>> {
-    let output = Command::new("tshark")
-        .args(["-n", "-d", &format!("tcp.port=={}-{},http", ports.start(), ports.end()), "-r"])
-        .arg(capture)
-        // All occurrences: a segment may carry several messages.
-        .args(["-T", "fields", "-E", "separator=/t", "-E", "occurrence=a", "-E", "aggregator=/s"])
-        .args(FIELDS.iter().flat_map(|field| ["-e", *field]))
-        .stderr(Stdio::piped())
-        .output()
-        .context("cannot run tshark")?;
-    if !output.status.success() {
-        bail!("tshark: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
-    }
-    let text = String::from_utf8(output.stdout).context("tshark printed no UTF-8")?;
+    // Twice: where it puts messages together it does not show all payload as such.
+    let text = tshark(capture, &["--disable-protocol", "http"], &FIELDS)?;
+    let port = format!("tcp.port=={}-{},http", ports.start(), ports.end());
+    let dissected = tshark(capture, &["-d", &port, "-Y", "http"], &MESSAGE_FIELDS)?;
+    let mut messages: HashMap<usize, Vec<Message>> =
+        dissected.lines().map(messages).collect::<Result<_>>().context("tshark's HTTP")?;
     let mut connections: Vec<Connection> = Vec::new();
     // The latest connection of each pair of addresses.
     let mut latest: HashMap<(SocketAddr, SocketAddr), usize> = HashMap::new();
     for (at, line) in text.lines().enumerate() {
-        let segment = segment(line).with_context(|| format!("tshark printed {line:?}"))?;
+        let mut segment = segment(line).with_context(|| format!("tshark printed {line:?}"))?;
+        // Frames are counted from 1.
+        segment.messages = messages.remove(&(at + 1)).unwrap_or_default();
         if segment.flags & (SYN | ACK) == SYN {
             let known = latest.get(&(segment.from, segment.to)).map(|known| &connections[*known]);
             if known.is_none_or(|known| known.from_client.isn != Some(segment.seq)) {
@@ -324,11 +318,28 @@ pub(crate) fn connections(capture: &Path, ports: RangeInclusive<u16>) -> Result<
     Ok(connections)
 }
 
+/// The fields of each packet of a capture, a line each.
+fn tshark(capture: &Path, options: &[&str], fields: &[&str]) -> Result<String> {
+    let output = Command::new("tshark")
+        .arg("-n")
+        .args(options)
+        .arg("-r")
+        .arg(capture)
+        // All occurrences: a segment may carry several messages.
+        .args(["-T", "fields", "-E", "separator=/t", "-E", "occurrence=a", "-E", "aggregator=/s"])
+        .args(fields.iter().flat_map(|field| ["-e", *field]))
+        .stderr(Stdio::piped())
+        .output()
+        .context("cannot run tshark")?;
+    if !output.status.success() {
+        bail!("tshark: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    String::from_utf8(output.stdout).context("tshark printed no UTF-8")
+}
+
 fn segment(line: &str) -> Result<Segment> {
     let columns: Vec<&str> = line.split('\t').collect();
-    let [ip4_from, ip6_from, ip4_to, ip6_to, port_from, port_to, flags, seq, ack, payload, methods, targets, statuses] =
-        columns[..]
-    else {
+    let [ip4_from, ip6_from, ip4_to, ip6_to, port_from, port_to, flags, seq, ack, payload] = columns[..] else {
         bail!("{} columns instead of {}", columns.len(), FIELDS.len());
     };
     let address = |ip4: &str, ip6: &str, port: &str| -> Result<SocketAddr> {
@@ -342,15 +353,18 @@ fn segment(line: &str) -> Result<Segment> {
         seq: seq.parse()?,
         ack: if ack.is_empty() { 0 } else { ack.parse()? },
         payload: payload_of(payload)?,
-        messages: messages(methods, targets, statuses)?,
+        messages: Vec::new(),
     })
 }
 
-fn messages(methods: &str, targets: &str, statuses: &str) -> Result<Vec<Message>> {
+/// The number of a frame, and the messages that end there.
+fn messages(line: &str) -> Result<(usize, Vec<Message>)> {
+    let columns: Vec<&str> = line.split('\t').collect();
+    let [frame, methods, targets, statuses] = columns[..] else { bail!("tshark printed {line:?}") };
     let requests = methods.split_whitespace().zip(targets.split_whitespace());
     let requests = requests.map(|(method, target)| Ok(Message::Request(method.to_owned(), target.to_owned())));
     let responses = statuses.split_whitespace().map(|status| Ok(Message::Response(status.parse()?)));
-    requests.chain(responses).collect()
+    Ok((frame.parse()?, requests.chain(responses).collect::<Result<_>>()?))
 }
 
 /// `47:45:54` or `474554`.
