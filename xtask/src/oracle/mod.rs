@@ -37,7 +37,7 @@ const FIRST_PORT: u16 = 20_000;
 /// What a whole run must reach.
 const WHOLE: u64 = 20_000;
 /// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs the batches; `quick` runs each server on one kind of path.
 pub(crate) fn oracle(quick: bool) -> Result<()> {
@@ -61,7 +61,7 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
             routes.filter(move |(m, _)| !quick || n % Route::ALL.len() == *m).map(move |(_, route)| (server, route))
         })
         .collect();
-    let scale = if quick { 40 } else { 120 };
+    let scale = if quick { 40 } else { 60 };
     let mut table = Table::default();
     for (n, (server, route)) in batches.iter().enumerate() {
         let port = FIRST_PORT + 2 * u16::try_from(n)?;
