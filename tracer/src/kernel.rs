@@ -14,7 +14,7 @@ use aya::maps::{HashMap, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
-use log::Log;
+use log::{Log, debug};
 use tracer_ebpf::{Config, Offsets, counter, filter};
 
 use crate::descendants;
@@ -144,6 +144,13 @@ impl Kernel {
                 None
             }
         };
+
+        for (name, program) in ebpf.programs() {
+            // Only those that were loaded have any; since Linux 5.16.
+            if let Some(count) = program.info().ok().and_then(|info| info.verified_instruction_count()) {
+                debug!("program {name}: {count} verified instructions");
+            }
+        }
 
         let ring = RingBuf::try_from(take(&mut ebpf, "RING")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
