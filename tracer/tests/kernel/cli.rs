@@ -109,7 +109,7 @@ fn a_closed_stdout_is_success() {
         assert!(!line.is_empty());
         let begun = Instant::now();
         while process.0.try_wait().expect("it is our child").is_none() {
-            assert!(begun.elapsed() < crate::rig::PATIENCE, "tracer goes on without a reader");
+            assert!(begun.elapsed() < *crate::rig::PATIENCE, "tracer goes on without a reader");
             traffic(&listener);
             std::thread::sleep(Duration::from_millis(20));
         }

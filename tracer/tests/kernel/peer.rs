@@ -215,7 +215,7 @@ pub(crate) fn accept(listener: &TcpListener) -> TcpStream {
 
 fn ready(stream: &TcpStream) {
     stream.set_nonblocking(false).expect("it can be set");
-    stream.set_read_timeout(Some(PATIENCE)).expect("it can be set");
+    stream.set_read_timeout(Some(*PATIENCE)).expect("it can be set");
     stream.set_nodelay(true).expect("it can be set");
 }
 

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 
-/// Longest wait for anything that must happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest wait for anything that must happen; `TRACER_TEST_PATIENCE` gives slow machines more, in seconds.
+pub(crate) static PATIENCE: LazyLock<Duration> = LazyLock::new(|| {
+    let seconds = std::env::var("TRACER_TEST_PATIENCE").map_or(20, |text| text.parse().expect("a number of seconds"));
+    Duration::from_secs(seconds)
+});
 
 /// The real binary.
 pub(crate) fn tracer() -> Command {
@@ -51,9 +54,9 @@ pub(crate) fn free_port() -> u16 {
 
 /// Polls until `condition` holds, and fails if it never does.
 pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + *PATIENCE;
     while !condition() {
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for: {what}");
+        assert!(Instant::now() < deadline, "waited {:?} in vain for: {what}", *PATIENCE);
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -233,7 +236,7 @@ impl Tracer {
     /// Waits until `find` finds what it looks for among the events so far.
     #[track_caller]
     pub(crate) fn wait_for<T>(&self, what: &str, mut find: impl FnMut(&[Value]) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         let mut state = self.shared.lock();
         loop {
             if let Some(found) = find(&state.events) {
@@ -391,7 +394,7 @@ impl Listener {
         let port = free_port();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free");
         // Should nobody connect, `accept` fails.
-        set_socket_timeout(&listener, Timeout::Recv, Some(PATIENCE)).expect("a time-out can be set");
+        set_socket_timeout(&listener, Timeout::Recv, Some(*PATIENCE)).expect("a time-out can be set");
         Self { listener, port }
     }
 
@@ -411,7 +414,7 @@ impl Listener {
 }
 
 fn prepare(stream: &TcpStream) {
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time-out can be set");
+    stream.set_read_timeout(Some(*PATIENCE)).expect("a time-out can be set");
     stream.set_nodelay(true).expect("TCP_NODELAY can be set");
 }
 

@@ -52,7 +52,7 @@ impl Script {
     /// The next line that it prints.
     #[track_caller]
     pub(crate) fn hear(&self) -> String {
-        self.said.recv_timeout(PATIENCE).expect("the script says something")
+        self.said.recv_timeout(*PATIENCE).expect("the script says something")
     }
 
     /// The next line, a number.
@@ -95,7 +95,7 @@ impl Drop for Script {
 /// A connection to a script's listener, and its own port.
 pub(crate) fn connect(port: u16) -> (TcpStream, u16) {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it listens");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time-out can be set");
+    stream.set_read_timeout(Some(*PATIENCE)).expect("a time-out can be set");
     let own = stream.local_addr().expect("it is connected").port();
     (stream, own)
 }

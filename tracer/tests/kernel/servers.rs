@@ -200,10 +200,13 @@ pub(crate) fn go() -> Server {
     })
 }
 
-/// The directory with `go-server` and `go-client`, built once.
+/// The directory with `go-server` and `go-client`: the one that `TRACER_TEST_GO` names, or they are built once.
 pub(crate) fn go_programs() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
+        if let Some(directory) = std::env::var_os("TRACER_TEST_GO") {
+            return directory.into();
+        }
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go");
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernel/go");
         for name in ["go-server", "go-client"] {
@@ -230,7 +233,7 @@ pub(crate) struct Client {
 impl Client {
     pub(crate) fn connect(server: &Server) -> Self {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, server.port)).expect("it listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a time-out can be set");
+        stream.set_read_timeout(Some(*PATIENCE)).expect("a time-out can be set");
         let port = stream.local_addr().expect("it is connected").port();
         Self { stream, port }
     }

@@ -833,7 +833,7 @@ fn a_path_that_loses_packets() {
             scope.spawn(|| {
                 for _ in 0..EACH {
                     let (mut server, _) = listener.accept().expect("it listens");
-                    server.set_read_timeout(Some(PATIENCE)).expect("it can be set");
+                    server.set_read_timeout(Some(*PATIENCE)).expect("it can be set");
                     receive(&mut server, request.len());
                     server.write_all(response.as_bytes()).expect("the connection is open");
                 }
@@ -842,7 +842,7 @@ fn a_path_that_loses_packets() {
                 two.enter(|| {
                     for _ in 0..EACH {
                         let mut client = TcpStream::connect(("192.0.2.1", port)).expect("it listens");
-                        client.set_read_timeout(Some(PATIENCE)).expect("it can be set");
+                        client.set_read_timeout(Some(*PATIENCE)).expect("it can be set");
                         // In two segments.
                         client.set_nodelay(true).expect("it can be set");
                         client.write_all(&request.as_bytes()[..30]).expect("the connection is open");
