@@ -7,6 +7,7 @@ mod network;
 mod oracle;
 mod run;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -54,6 +55,18 @@ enum Command {
         /// Only kernel tests whose name contains this; none of the others
         filter: Option<String>,
     },
+    /// The kernel tests on other kernels, under qemu
+    Vm {
+        /// 5.10 (which tracer must refuse), 6.1, 6.12, 7.2, or all
+        #[arg(long, default_value = "6.1")]
+        kernel: String,
+        /// The demo and a dozen tests
+        #[arg(long)]
+        quick: bool,
+        /// Only tests whose name contains this
+        #[arg(conflicts_with = "quick")]
+        filter: Option<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -67,6 +80,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::lint(),
         Command::Oracle { quick } => oracle::oracle(quick),
         Command::Test { filter } => test::test(filter.as_deref()),
+        Command::Vm { kernel, quick, filter } => vm::vm(&kernel, quick, filter.as_deref()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,275 @@
+//! One guest: boots a kernel under qemu, with what it shall run on a disk, and reads what that says.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::packages::{Kernel, image_of};
+use crate::workspace::{find, succeed};
+
+/// What is needed to see the disks.
+const DISKS: [&str; 2] = ["virtio_pci", "virtio_blk"];
+
+/// What goes into every guest.
+pub(crate) struct Payload {
+    pub(crate) tracer: PathBuf,
+    pub(crate) tests: PathBuf,
+    /// The directory of the Go programs.
+    pub(crate) go: PathBuf,
+    /// Arguments for the tests; none: no tests.
+    pub(crate) arguments: Option<String>,
+}
+
+/// What a guest said.
+#[derive(Default)]
+pub(crate) struct Report {
+    pub(crate) release: Option<String>,
+    /// Exit codes of tracer, and how many connections of the demo it explained.
+    pub(crate) loads: Vec<(i32, u32)>,
+    /// Verified instructions of each program; the larger number, where it was loaded more than once.
+    pub(crate) verified: Vec<(String, u32)>,
+    /// What tracer said beside that.
+    pub(crate) messages: Vec<String>,
+    /// Exit code of the tests.
+    pub(crate) tests: Option<i32>,
+    pub(crate) passed: u32,
+    pub(crate) failed: Vec<String>,
+}
+
+/// Runs the payload on a kernel; what the tests print is passed on.
+pub(crate) fn run(
+    directory: &Path,
+    kernel: &Kernel,
+    cpu: &str,
+    root: &Path,
+    payload: &Payload,
+    limit: Duration,
+) -> Result<Report> {
+    let initramfs = initramfs(directory, kernel)?;
+    let disk = disk(directory, kernel, payload)?;
+    let console = directory.join("console");
+    let drive = |image: &Path, name: &str| {
+        [
+            "-drive".to_owned(),
+            format!("file={},format=raw,if=none,id={name},snapshot=on", image.display()),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,drive={name}"),
+        ]
+    };
+    let mut qemu = Command::new("setpriv");
+    // It ends with this process, however that ends.
+    qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
+        .args(["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "3072", "-cpu", cpu])
+        .args(["-nodefaults", "-display", "none", "-no-reboot"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(&initramfs)
+        .args(["-append", "console=ttyS0 panic=-1 loglevel=5"])
+        .args(drive(root, "root"))
+        .args(drive(&disk, "payload"))
+        .args(["-serial", &format!("file:{}", console.display()), "-serial", "stdio"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    let guest = Guest(qemu.spawn().context("cannot run qemu")?);
+    let report = listen(guest, limit).with_context(|| format!("the guest's console is in {}", console.display()));
+    fs::remove_file(disk)?;
+    report
+}
+
+/// A running qemu, ended when it goes out of scope.
+struct Guest(Child);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn listen(mut guest: Guest, limit: Duration) -> Result<Report> {
+    let stdout = BufReader::new(guest.0.stdout.take().context("it is piped")?);
+    let (said, lines) = channel();
+    std::thread::spawn(move || {
+        for line in stdout.split(b'\n').map_while(Result::ok) {
+            if said.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    let deadline = Instant::now() + limit;
+    let mut report = Report::default();
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => report.read(&line),
+            Err(RecvTimeoutError::Disconnected) => return Ok(report),
+            Err(RecvTimeoutError::Timeout) => {
+                eprintln!("xtask: the guest did not end within {limit:?}");
+                return Ok(report);
+            }
+        }
+    }
+}
+
+impl Report {
+    fn read(&mut self, line: &str) {
+        let words: Vec<_> = line.split(' ').collect();
+        let number = |word: &str| word.parse().unwrap_or(-1);
+        match words.as_slice() {
+            ["@kernel", release] => self.release = Some((*release).to_owned()),
+            ["@load", code, explained] => self.loads.push((number(code), explained.parse().unwrap_or(0))),
+            ["@tests", code] => self.tests = Some(number(code)),
+            ["tracer:", "program", name, count, "verified", "instructions"] => {
+                let name = name.trim_end_matches(':');
+                let count = count.parse().unwrap_or(0);
+                match self.verified.iter_mut().find(|(known, _)| known == name) {
+                    Some((_, known)) => *known = count.max(*known),
+                    None => self.verified.push((name.to_owned(), count)),
+                }
+            }
+            ["tracer:", ..] => self.messages.push(line.to_owned()),
+            ["test", name, "...", result] => {
+                match *result {
+                    "ok" => self.passed += 1,
+                    _ => self.failed.push((*name).to_owned()),
+                }
+                println!("{line}");
+            }
+            _ => println!("{line}"),
+        }
+    }
+}
+
+/// The first file system: what finds the disks.
+fn initramfs(directory: &Path, kernel: &Kernel) -> Result<PathBuf> {
+    let tree = directory.join("initramfs");
+    if tree.exists() {
+        fs::remove_dir_all(&tree)?;
+    }
+    for at in ["dev", "modules", "root"] {
+        fs::create_dir_all(tree.join(at))?;
+    }
+    fs::copy(find("busybox").context("busybox is missing")?, tree.join("busybox"))?;
+    let init = tree.join("init");
+    fs::write(&init, include_str!("initramfs.sh"))?;
+    executable(&init)?;
+    let mut order = Vec::new();
+    let dependencies = fs::read_to_string(kernel.modules.join("modules.dep"))?;
+    for module in DISKS {
+        with_dependencies(&dependencies, module, &mut order);
+    }
+    let mut names = String::new();
+    for path in &order {
+        let plain = path.rsplit('/').next().context("a path has a name")?.trim_end_matches(".xz");
+        let module = Command::new(if path.ends_with(".xz") { "xzcat" } else { "cat" })
+            .arg(kernel.modules.join(path))
+            .output()?;
+        if !module.status.success() {
+            bail!("cannot read {path}");
+        }
+        fs::write(tree.join("modules").join(plain), module.stdout)?;
+        names += plain;
+        names.push('\n');
+    }
+    fs::write(tree.join("modules/order"), names)?;
+    let archive = directory.join("initramfs.cpio");
+    let pack = "find . | busybox cpio -o -H newc >\"$0\" 2>/dev/null";
+    succeed(Command::new("sh").args(["-ec", pack]).arg(&archive).current_dir(&tree))?;
+    fs::remove_dir_all(tree)?;
+    Ok(archive)
+}
+
+/// The paths of a module and of what it needs, in the order in which they must be loaded; none if it is built in.
+fn with_dependencies(dependencies: &str, module: &str, order: &mut Vec<String>) {
+    let is_it = |path: &str| path.rsplit('/').next().is_some_and(|file| file.split('.').next() == Some(module));
+    let Some((path, needs)) =
+        dependencies.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| is_it(path))
+    else {
+        return;
+    };
+    // What is needed by others is listed last.
+    for path in needs.split_whitespace().rev().chain([path]) {
+        if !order.iter().any(|known| known == path) {
+            order.push(path.to_owned());
+        }
+    }
+}
+
+/// The disk with all that the guest shall run.
+fn disk(directory: &Path, kernel: &Kernel, payload: &Payload) -> Result<PathBuf> {
+    let tree = directory.join("payload");
+    if tree.exists() {
+        fs::remove_dir_all(&tree)?;
+    }
+    fs::create_dir_all(tree.join("modules"))?;
+    let copy = |from: &Path, to: &str| {
+        succeed(Command::new("cp").args(["--recursive", "--no-target-directory"]).arg(from).arg(tree.join(to)))
+    };
+    copy(
+        &kernel.modules,
+        &format!("modules/{}", kernel.modules.file_name().context("it has a name")?.to_string_lossy()),
+    )?;
+    copy(&payload.go, "go")?;
+    for (program, name) in [(&payload.tracer, "tracer"), (&payload.tests, "kernel-tests")] {
+        // Their debug information would be most of the disk.
+        succeed(Command::new("objcopy").arg("--strip-debug").arg(program).arg(tree.join(name)))?;
+    }
+    let script = tree.join("guest.sh");
+    fs::write(&script, include_str!("guest.sh"))?;
+    executable(&script)?;
+    let mut settings = format!("TRACER='{}'\n", payload.tracer.display());
+    if let Some(arguments) = &payload.arguments {
+        settings += &format!("TESTS='{arguments}'\n");
+    }
+    fs::write(tree.join("settings"), settings)?;
+    let image = directory.join("payload.ext4");
+    image_of(&tree, &image)?;
+    fs::remove_dir_all(tree)?;
+    Ok(image)
+}
+
+fn executable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_loaded_behind_what_they_need() {
+        let dependencies = "kernel/a/virtio.ko.xz:\nkernel/b/virtio_ring.ko.xz: kernel/a/virtio.ko.xz\n\
+            kernel/c/virtio_blk.ko.xz: kernel/b/virtio_ring.ko.xz kernel/a/virtio.ko.xz\n";
+        let mut order = Vec::new();
+        with_dependencies(dependencies, "virtio_pci", &mut order);
+        with_dependencies(dependencies, "virtio_blk", &mut order);
+        assert_eq!(order, ["kernel/a/virtio.ko.xz", "kernel/b/virtio_ring.ko.xz", "kernel/c/virtio_blk.ko.xz"]);
+    }
+
+    #[test]
+    fn reads_what_a_guest_says() {
+        let mut report = Report::default();
+        for line in [
+            "@kernel 6.1.0",
+            "tracer: program ingress: 7 verified instructions",
+            "tracer: program ingress: 5 verified instructions",
+            "@load 0 3",
+            "test a::b ... ok",
+            "test a::c ... FAILED",
+            "@tests 101",
+        ] {
+            report.read(line);
+        }
+        assert_eq!(report.release.as_deref(), Some("6.1.0"));
+        assert_eq!(report.verified, [("ingress".to_owned(), 7)]);
+        assert_eq!((report.loads, report.tests, report.passed), (vec![(0, 3)], Some(101), 1));
+        assert_eq!(report.failed, ["a::c"]);
+    }
+}

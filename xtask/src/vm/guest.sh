@@ -1,0 +1,48 @@
+#!/bin/bash
+# The guest's part: what was sent with it runs, and what it says goes out of the second serial line.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs tmp /tmp
+mount -t tmpfs run /run
+mkdir /dev/pts /dev/shm
+mount -t devpts pts /dev/pts
+mount -t tmpfs shm /dev/shm
+ln -s /proc/self/fd /dev/fd
+mount -t cgroup2 cgroup /sys/fs/cgroup
+mount -t securityfs security /sys/kernel/security
+mkdir -p /lib/modules
+mount --bind /payload/modules /lib/modules
+hostname guest
+ip link set lo up
+# What is asked of these by number, not by name, no kernel loads by itself.
+for module in inet_diag tcp_diag tun veth nf_tables; do
+    modprobe "$module"
+done
+stty -F /dev/ttyS1 raw -echo
+# shellcheck source=/dev/null
+. /payload/settings
+mkdir -p "$(dirname "$TRACER")"
+ln -s /payload/tracer "$TRACER"
+
+say() { echo "@$*" >/dev/ttyS1; }
+
+say kernel "$(uname -r)"
+for arguments in '' '--pid 1 --port 1 --states --full-target'; do
+    # shellcheck disable=SC2086
+    RUST_LOG=tracer::kernel=debug "$TRACER" run --demo --duration 4s $arguments >/tmp/demo 2>/tmp/log
+    code=$?
+    cat /tmp/log >&2
+    grep '^tracer: ' /tmp/log >/dev/ttyS1
+    say load "$code" "$(grep -c 'client asked: Connection: close' /tmp/demo)"
+    ((code == 0)) || break
+done
+if ((code == 0)) && [[ -n "${TESTS+set}" ]]; then
+    cd /tmp || exit
+    # shellcheck disable=SC2086
+    TRACER_TEST_PATIENCE=240 TRACER_TEST_GO=/payload/go /payload/kernel-tests --test-threads=2 $TESTS >/dev/ttyS1
+    say tests $?
+fi
+sync
+echo o >/proc/sysrq-trigger
+sleep 60

@@ -1,0 +1,252 @@
+//! `cargo xtask vm`: the kernel tests on other kernels than this machine's, under qemu.
+//!
+//! Debian's kernels boot with a small Debian of packages that were only unpacked. Nothing is installed beside qemu and a
+//! few tools, the guests have no network, and all that is fetched or made stays in `target/vm`.
+
+mod guest;
+mod packages;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+use self::guest::{Payload, Report};
+use self::packages::Archive;
+use crate::workspace::{self, Program};
+
+const NEEDED: [Program; 8] = [
+    ("busybox", "busybox-static"),
+    ("depmod", "kmod"),
+    ("dpkg-deb", "dpkg"),
+    ("go", "golang-go"),
+    ("mke2fs", "e2fsprogs"),
+    ("objcopy", "binutils"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("xzcat", "xz-utils"),
+];
+
+/// A kernel to try.
+struct Kernel {
+    version: &'static str,
+    archive: Archive,
+    suite: &'static str,
+    /// qemu's model of a processor. What this kernel, without hardware under it, has trouble with is left out.
+    cpu: &'static str,
+    /// What it lacks: then tracer must refuse to start, with exit code 4, and name this.
+    lacks: Option<&'static str>,
+}
+
+const KERNELS: [Kernel; 4] = [
+    Kernel {
+        version: "5.10",
+        archive: Archive::Security,
+        suite: "bullseye-security",
+        cpu: "max",
+        lacks: Some("bpf_loop"),
+    },
+    Kernel { version: "6.1", archive: Archive::Security, suite: "bookworm-security", cpu: "max", lacks: None },
+    Kernel { version: "6.12", archive: Archive::Main, suite: "bookworm-backports", cpu: "max,-cx16", lacks: None },
+    Kernel { version: "7.2", archive: Archive::Main, suite: "sid", cpu: "max", lacks: None },
+];
+
+/// Tests that a guest cannot run, the version before which it cannot (none: never), and why.
+const SKIPPED: [(&str, Option<&str>, &str); 0] = [];
+
+/// What `--quick` runs.
+const QUICK: [&str; 12] = [
+    "causes::request_close",
+    "causes::response_close",
+    "causes::process_exit_by_sigkill",
+    "causes::reset_by_unread_data",
+    "close_wait::a_leak_is_told_once_with_its_owner",
+    "fin_wait2::pending_until_the_peer_closes",
+    "heads::cut_twice",
+    "messages::payload_in_fragments",
+    "netns::a_full_time_wait_table_leaves_none",
+    "owners::nginx_its_worker_and_not_its_master",
+    "sockets::ipv6_and_mapped_addresses",
+    "wire::a_request_that_completes_the_handshake",
+];
+
+/// Runs the tests on one kernel, or on all; `filter`: only those whose name contains it.
+pub(crate) fn vm(version: &str, quick: bool, filter: Option<&str>) -> Result<()> {
+    let kernels: Vec<_> = KERNELS.iter().filter(|kernel| version == "all" || version == kernel.version).collect();
+    if kernels.is_empty() {
+        let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.version).collect();
+        bail!("--kernel is one of {}, all", known.join(", "));
+    }
+    workspace::install("the VMs", &NEEDED)?;
+    let directory = workspace::target_dir().join("vm");
+    fs::create_dir_all(&directory)?;
+    let (tracer, tests) = build()?;
+    let all = names(&tests)?;
+    let go = go(&directory)?;
+    let root = packages::root(&directory.join("root"))?;
+    let mut rows = Vec::new();
+    let mut fine = true;
+    for kernel in kernels {
+        println!("xtask: kernel {}", kernel.version);
+        let place = directory.join(kernel.version);
+        let unpacked = packages::kernel(&place, kernel.version, kernel.archive, kernel.suite)?;
+        let skipped: Vec<_> = skipped(kernel, &all)?;
+        let mut arguments = Vec::new();
+        if quick {
+            arguments.push("--exact");
+            arguments.extend(QUICK);
+        }
+        arguments.extend(filter);
+        arguments.extend(skipped.iter().flat_map(|(name, _)| ["--skip", name]));
+        let arguments = kernel.lacks.is_none().then(|| arguments.join(" "));
+        let payload = Payload { tracer: tracer.clone(), tests: tests.clone(), go: go.clone(), arguments };
+        let limit = Duration::from_secs(if quick { 240 } else { 3600 });
+        let report = guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit)?;
+        for (name, reason) in &skipped {
+            println!("skipped on {}: {name}: {reason}", kernel.version);
+        }
+        let verdict = judge(kernel, &report);
+        if let Err(error) = &verdict {
+            fine = false;
+            println!("xtask: kernel {}: {error}", kernel.version);
+        }
+        rows.push(Row { version: kernel.version, skipped: skipped.len(), fine: verdict.is_ok(), report });
+    }
+    print(&rows);
+    if !fine {
+        bail!("not all is as it should be");
+    }
+    Ok(())
+}
+
+/// The binaries that the guests run, of the build that `cargo test` makes.
+fn build() -> Result<(PathBuf, PathBuf)> {
+    let messages = workspace::output(workspace::cargo().args([
+        "test",
+        "--package",
+        "tracer",
+        "--test",
+        "kernel",
+        "--no-run",
+        "--message-format",
+        "json-render-diagnostics",
+    ]))?;
+    let mut binaries = (None, None);
+    for line in messages.lines() {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        let Some(path) = message["executable"].as_str() else { continue };
+        match (message["target"]["name"].as_str(), message["target"]["kind"][0].as_str()) {
+            (Some("tracer"), Some("bin")) => binaries.0 = Some(path.into()),
+            (Some("kernel"), Some("test")) => binaries.1 = Some(path.into()),
+            _ => {}
+        }
+    }
+    let (tracer, tests) = binaries;
+    Ok((tracer.context("cargo built no tracer")?, tests.context("cargo built no tests")?))
+}
+
+/// The names of all tests.
+fn names(tests: &Path) -> Result<Vec<String>> {
+    let list = workspace::output(Command::new(tests).arg("--list"))?;
+    Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+/// The tests' programs in Go, which would take a guest minutes to compile.
+fn go(directory: &Path) -> Result<PathBuf> {
+    let go = directory.join("go");
+    let sources = workspace::root().join("tracer/tests/kernel/go");
+    for name in ["go-server", "go-client"] {
+        workspace::succeed(
+            Command::new("go")
+                .args(["build", "-o"])
+                .arg(go.join(name))
+                .arg(sources.join(format!("{name}.go")))
+                .envs([("GOPROXY", "off"), ("GO111MODULE", "off"), ("CGO_ENABLED", "0")])
+                .env("GOCACHE", directory.join("go-cache")),
+        )?;
+    }
+    Ok(go)
+}
+
+/// Tests that this kernel cannot run, with the reason.
+fn skipped(kernel: &Kernel, all: &[String]) -> Result<Vec<(&'static str, &'static str)>> {
+    let number = |version: &str| -> Vec<u32> { version.split('.').filter_map(|part| part.parse().ok()).collect() };
+    let mut skipped = Vec::new();
+    for (name, before, reason) in SKIPPED {
+        if !all.iter().any(|known| known == name) {
+            bail!("there is no test {name}, which is to be skipped");
+        }
+        if before.is_none_or(|before| number(kernel.version) < number(before)) {
+            skipped.push((name, reason));
+        }
+    }
+    Ok(skipped)
+}
+
+fn judge(kernel: &Kernel, report: &Report) -> Result<()> {
+    let Some(release) = &report.release else { bail!("it did not boot") };
+    if !release.starts_with(kernel.version) {
+        bail!("it is {release}");
+    }
+    if let Some(lacks) = kernel.lacks {
+        if report.loads.first().is_none_or(|(code, _)| *code != 4)
+            || !report.messages.iter().any(|line| line.contains(lacks))
+        {
+            bail!(
+                "tracer should refuse to start, with exit code 4, and name {lacks}: {:?} {:?}",
+                report.loads,
+                report.messages
+            );
+        }
+        return Ok(());
+    }
+    if report.loads.len() != 2 || report.loads.iter().any(|(code, explained)| *code != 0 || *explained == 0) {
+        bail!("the demo failed (exit code, explained): {:?}\n{}", report.loads, report.messages.join("\n"));
+    }
+    match report.tests {
+        Some(0) if report.passed > 0 => Ok(()),
+        Some(_) => bail!("{} tests failed: {}", report.failed.len(), report.failed.join(", ")),
+        None => bail!("the tests did not end"),
+    }
+}
+
+struct Row {
+    version: &'static str,
+    skipped: usize,
+    fine: bool,
+    report: Report,
+}
+
+/// Programs by the size that the verifier saw; the largest are the ones that grow.
+const SHOWN: [&str; 4] = ["ingress", "egress", "inet_sock_set_state", "close_wait"];
+
+fn print(rows: &[Row]) {
+    println!(
+        "\n{:8} {:32} {:>6} {:>6} {:>7}  verified: {}",
+        "KERNEL",
+        "RELEASE",
+        "PASSED",
+        "FAILED",
+        "SKIPPED",
+        SHOWN.join(", ")
+    );
+    for Row { version, skipped, fine, report } in rows {
+        let verified: Vec<_> = SHOWN
+            .iter()
+            .filter_map(|name| report.verified.iter().find(|(known, _)| known == name))
+            .map(|(_, count)| count.to_string())
+            .collect();
+        let verified = match (verified.is_empty(), fine) {
+            (true, true) => "refused, as it should be".to_owned(),
+            _ => verified.join(", "),
+        };
+        println!(
+            "{version:8} {:32} {:>6} {:>6} {skipped:>7}  {verified}{}",
+            report.release.as_deref().unwrap_or("-"),
+            report.passed,
+            report.failed.len(),
+            if *fine { "" } else { "  FAILED" },
+        );
+    }
+}
