@@ -320,7 +320,7 @@ impl<'a> Peer<'a> {
 
     /// The packet of a segment.
     pub(crate) fn packet(&self, segment: &Segment) -> Vec<u8> {
-        assert!(segment.options.len() % 4 == 0 && segment.options.len() <= 40);
+        assert!(segment.options.len().is_multiple_of(4) && segment.options.len() <= 40);
         let mut tcp = Vec::new();
         tcp.extend(self.port.to_be_bytes());
         tcp.extend(self.host_port.to_be_bytes());

@@ -91,7 +91,9 @@ fn a_hundred_thousand_connections_open_at_once() {
     let mut process = Guard(child);
     let before_kib = resident_kib(process.id());
 
-    let records: Mutex<(HashMap<(String, String), Record>, Option<u64>)> = Mutex::default();
+    // And how many were lost, once the summary has come.
+    type Records = HashMap<(String, String), Record>;
+    let records: Mutex<(Records, Option<u64>)> = Mutex::default();
     let seen = || records.lock().expect("no panic").0.len();
     std::thread::scope(|scope| {
         scope.spawn(|| {
