@@ -37,7 +37,7 @@ pub(crate) struct Report {
     pub(crate) messages: Vec<String>,
     /// Exit code of the tests.
     pub(crate) tests: Option<i32>,
-    pub(crate) passed: u32,
+    pub(crate) passed: usize,
     pub(crate) failed: Vec<String>,
 }
 

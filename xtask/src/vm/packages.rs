@@ -1,7 +1,7 @@
 //! Debian packages for the guests: kernels of several releases, and the programs that the tests drive.
 //!
 //! apt itself fetches and verifies them, from the mirrors that this machine uses, into directories of its own under
-//! `target/vm`: nothing is installed here. What was unpacked is used again.
+//! `target/vm`: nothing is installed here. What was unpacked is used again; without its directory, it is fetched anew.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::workspace::{output, succeed};
+use crate::workspace::{find, output, succeed};
 
 /// An archive of Debian's, by the label of its index.
 #[derive(Clone, Copy)]
@@ -105,7 +105,9 @@ pub(crate) struct Kernel {
 /// Debian's newest `version` for clouds in a suite.
 pub(crate) fn kernel(directory: &Path, version: &str, archive: Archive, suite: &str) -> Result<Kernel> {
     let tree = directory.join("tree");
-    if let Ok(kernel) = unpacked(&tree) {
+    if let Ok(kernel) = unpacked(&tree)
+        && kernel.modules.join("modules.dep").exists()
+    {
         return Ok(kernel);
     }
     eprintln!("xtask: fetching kernel {version} of {suite}");
@@ -123,18 +125,17 @@ pub(crate) fn kernel(directory: &Path, version: &str, archive: Archive, suite: &
         .collect();
     let archives = apt.directory.join("cache/archives");
     succeed(apt.command("apt-get").current_dir(archives).args(["--quiet=2", "download"]).args(wanted))?;
-    fs::create_dir_all(&tree)?;
+    if tree.exists() {
+        fs::remove_dir_all(&tree)?;
+    }
+    fs::create_dir(&tree)?;
     apt.unpack(&tree)?;
     let kernel = unpacked(&tree)?;
+    // What module needs which is not in the package: its installation finds out.
     let name = kernel.modules.file_name().context("it has a name")?;
-    // A package has no list of what module needs which: its installation makes that.
-    let base = if kernel.modules.starts_with(tree.join("usr")) { tree.join("usr") } else { tree.clone() };
-    succeed(Command::new(depmod()?).arg("--basedir").arg(base).arg(name))?;
+    let base = if kernel.modules.starts_with(tree.join("usr")) { tree.join("usr") } else { tree };
+    output(Command::new(find("depmod").context("depmod is missing")?).arg("--basedir").arg(base).arg(name))?;
     Ok(kernel)
-}
-
-fn depmod() -> Result<PathBuf> {
-    crate::workspace::find("depmod").context("depmod (package kmod) is missing")
 }
 
 /// `uname -r` of the newest kernel of this version.
@@ -252,19 +253,13 @@ pub(crate) fn root(directory: &Path) -> Result<PathBuf> {
 
 /// Makes an ext4 image of a directory, with room to write.
 pub(crate) fn image_of(tree: &Path, image: &Path) -> Result<()> {
-    if image.exists() {
-        fs::remove_file(image)?;
-    }
     let kib: u64 = output(Command::new("du").args(["--summarize", "--block-size=1K"]).arg(tree))?
         .split_whitespace()
         .next()
         .context("du prints a size")?
         .parse()?;
-    let mke2fs = crate::workspace::find("mke2fs").context("mke2fs (package e2fsprogs) is missing")?;
-    succeed(
-        Command::new(mke2fs)
-            .args(["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d"])
-            .args([tree, image])
-            .arg(format!("{}k", kib + kib / 5 + (256 << 10))),
-    )
+    fs::File::create(image)?.set_len((kib + kib / 5 + (256 << 10)) << 10)?;
+    let mke2fs = find("mke2fs").context("mke2fs is missing")?;
+    let options = ["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d"];
+    succeed(Command::new(mke2fs).args(options).args([tree, image]))
 }
