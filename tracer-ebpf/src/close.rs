@@ -9,42 +9,60 @@ use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
 use tracer_ebpf::{counter, filter, first_end, flag, kind, role, unpack_state};
 
-use crate::conn::{self, Conn, HANDOVER, copy_words, mark};
+use crate::conn::{self, Conn, HANDOVER, SEEN, Seen, copy_words, mark};
 use crate::sock::{self, Sock, TimeWaitTable, tcp};
 use crate::{owner, traffic};
 
-/// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`, where a process holds the
-/// socket's lock: what it does to the socket, and what had to wait for it.
-///
-/// No tracing program is run while it runs already on that CPU. While this one does, softirq may interrupt it and change
-/// another socket's state: that is for the program below, or it would never be seen.
+/// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`
 /// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sock.h#L138>
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
-    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
-    unsafe { transition_in::<true>(&ctx) };
-    0
-}
-
-/// The same, where no process holds the lock: in softirq, which is not interrupted by its like.
-#[btf_tracepoint(function = "inet_sock_set_state")]
-fn inet_sock_set_state_softirq(ctx: BtfTracePointContext) -> i32 {
-    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
-    unsafe { transition_in::<false>(&ctx) };
-    0
-}
-
-/// # Safety
-/// `ctx` is that of `inet_sock_set_state`.
-#[inline(always)]
-unsafe fn transition_in<const PROCESS: bool>(ctx: &BtfTracePointContext) {
     let (sk, old, new): (Sock, i32, i32) = (ctx.arg::<*mut _>(0), ctx.arg(1), ctx.arg(2));
-    // SAFETY: by the caller's word.
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     unsafe {
-        if sock::locked_by_process(sk) == PROCESS {
-            transition(ctx, sk, old, new);
+        if let Some(seen) = last_seen(sk) {
+            (&raw mut (*seen).sk).write_volatile(sk as u64);
+            (&raw mut (*seen).change).write_volatile(change(old, new));
+        }
+        transition(&ctx, sk, old, new);
+    }
+    0
+}
+
+/// The same, for the transitions that the kernel keeps from the program above: while that runs for a process, softirq may
+/// interrupt it and change another socket's state, and no tracing program is run while it runs already on that CPU. It is
+/// rare, but a record that is never written would not be missed.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn inet_sock_set_state_nested(ctx: BtfTracePointContext) -> i32 {
+    let (sk, old, new): (Sock, i32, i32) = (ctx.arg::<*mut _>(0), ctx.arg(1), ctx.arg(2));
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
+    unsafe {
+        let Some(seen) = last_seen(sk) else { return 0 };
+        if (&raw const (*seen).sk).read_volatile() == sk as u64
+            && (&raw const (*seen).change).read_volatile() == change(old, new)
+        {
+            (&raw mut (*seen).sk).write_volatile(0);
+        } else {
+            transition(&ctx, sk, old, new);
         }
     }
+    0
+}
+
+/// Where the first of the two programs leaves for the second what it has seen: on this CPU, in this context. A process can
+/// be interrupted by softirq, but neither by its like.
+///
+/// # Safety
+/// As for [`transition`].
+#[inline(always)]
+unsafe fn last_seen(sk: Sock) -> Option<*mut Seen> {
+    // SAFETY: by the caller's word.
+    SEEN.get_ptr_mut(u32::from(unsafe { sock::locked_by_process(sk) }))
+}
+
+#[inline(always)]
+fn change(old: i32, new: i32) -> u64 {
+    u64::from(old as u32) << 32 | u64::from(new as u32)
 }
 
 /// # Safety

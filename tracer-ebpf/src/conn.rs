@@ -79,6 +79,15 @@ pub(crate) struct Handover {
     pub(crate) http: Http,
 }
 
+/// A transition that was seen.
+#[repr(C)]
+pub(crate) struct Seen {
+    /// The address of its socket; 0: none.
+    pub(crate) sk: u64,
+    /// The states before and after it.
+    pub(crate) change: u64,
+}
+
 /// The ring buffer's size: some 20,000 records, between two looks of the reader.
 const RING_BYTES: usize = 8 << 20;
 /// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
@@ -106,6 +115,10 @@ static COMMS: HashMap<[u8; 16], u8, 256> = HashMap::new();
 pub(crate) static EXITED: LruHashMap<u32, u64, 4096> = LruHashMap::new();
 #[btf_map]
 pub(crate) static HANDOVER: PerCpuArray<Handover, 1> = PerCpuArray::new();
+
+/// What was seen last in softirq, and what in a process.
+#[btf_map]
+pub(crate) static SEEN: PerCpuArray<Seen, 2> = PerCpuArray::new();
 
 /// Copies `N` words. Not `copy_nonoverlapping`: that becomes a loop of bytes in BPF.
 ///
@@ -257,9 +270,12 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     if !passes(conn) {
         return false;
     }
-    // SAFETY: by the caller's word.
-    if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
-        head::settle(&mut conn.http, rcv_nxt, snd_una);
+    // At the end only: what is settled stays so, and before it what is missing may still come.
+    if kind == tracer_ebpf::kind::CLOSE {
+        // SAFETY: by the caller's word.
+        if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
+            head::settle(&mut conn.http, rcv_nxt, snd_una);
+        }
     }
     let Some(mut entry) = RING.reserve(0) else {
         count(counter::LOST);

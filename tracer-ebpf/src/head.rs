@@ -462,6 +462,11 @@ fn unseen(s: &Stream, end: u32) -> bool {
 /// Whether a received segment may repeat bytes that were looked at: then [`again`] is to be called.
 #[inline(always)]
 pub fn repeats(http: &mut Http, seq: u32) -> bool {
+    // Nothing is looked at in a long body, or behind all heads: kept within reach, or the difference would wrap.
+    const REACH: i32 = 1 << 30;
+    if seq.wrapping_sub(http.looked) as i32 > REACH {
+        http.looked = seq.wrapping_sub(REACH as u32);
+    }
     http.looked.wrapping_sub(seq) as i32 > 0 && stream(http, INGRESS).marks & mark::SYNCED != 0
 }
 

@@ -897,6 +897,15 @@ fn what_tcp_has_not_received_is_not_believed() {
             assert_eq!(c.has(bit::REQUESTS_LOST), lost, "{missed}");
         }
     }
+    // However much comes behind it.
+    for head in ["\u{16}\u{3}\u{1}\u{0}", "POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n"] {
+        let mut c = request(head);
+        let behind = c.next[IN];
+        for n in 0..40u32 {
+            let seq = behind.wrapping_add(n.wrapping_mul(1 << 28));
+            assert!(!repeats(&mut c.http, seq), "{n} times 256 MiB");
+        }
+    }
     // A part of a body that was passed over is no such thing.
     let mut c = request("POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
     let body = c.next[IN];

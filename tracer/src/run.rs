@@ -144,7 +144,11 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
             _ = loss_check.tick(), if !full => {
                 losses.check(&kernel, &mut events)?;
             }
-            _ = close_wait_check.tick(), if !full => kernel.look_for_close_wait()?,
+            _ = close_wait_check.tick(), if !full => {
+                if let Err(error) = kernel.look_for_close_wait() {
+                    warn!("sockets in CLOSE_WAIT could not be looked for: {error:#}");
+                }
+            }
             guard = programs_log.readable_mut() => {
                 let mut guard = guard?;
                 guard.get_inner_mut().flush();

@@ -1,6 +1,7 @@
 """A small HTTP/1.1 server on asyncio's streams, which closes idle connections after a second. Arguments: address and port."""
 
 import asyncio
+import socket
 import sys
 
 
@@ -31,7 +32,11 @@ async def handle(reader, writer):
 
 
 async def main():
-    server = await asyncio.start_server(handle, sys.argv[1], int(sys.argv[2]), backlog=4096)
+    # By itself asyncio would not take IPv4 on an IPv6 socket.
+    both = ":" in sys.argv[1]
+    family = socket.AF_INET6 if both else socket.AF_INET
+    listener = socket.create_server((sys.argv[1], int(sys.argv[2])), family=family, dualstack_ipv6=both, backlog=4096)
+    server = await asyncio.start_server(handle, sock=listener, backlog=4096)
     await server.serve_forever()
 
 
