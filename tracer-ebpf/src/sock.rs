@@ -190,6 +190,19 @@ pub(crate) unsafe fn expects(sk: Sock, seq: u32) -> bool {
     }
 }
 
+/// Whether what arrives has to wait in the backlog, because a process holds the socket's lock.
+///
+/// # Safety
+/// As for [`progress`].
+#[inline(always)]
+pub(crate) unsafe fn backlogs(sk: Sock) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        !tp.is_null() && locked_by_process(tp)
+    }
+}
+
 /// Whether everything that was sent, the FIN included, was acknowledged: so it is when an ACK ends a socket, and so it is
 /// not when the application ends it in CLOSING or LAST_ACK.
 ///

@@ -204,8 +204,8 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         if conn.ready == 0 {
             first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, now);
         }
-        if DIRECTION == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 {
-            // TCP did not take that RST.
+        if DIRECTION == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 && !sock::backlogs(sk.cast()) {
+            // TCP has had that RST, and did not take it.
             conn.rst_seen = 0;
         }
         if segment.len != 0 {

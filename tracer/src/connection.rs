@@ -155,7 +155,7 @@ impl Connections {
                 held.pause = (held.pause * 2).min(self.slowest());
                 self.hold(held, out);
             }
-            Answer::Gone | Answer::Unknown
+            Answer::Gone | Answer::Replaced | Answer::Unknown
                 if held.deadline.is_none() && !held.awaits_reset && may_reset(&held.socket) =>
             {
                 // `close` with unread data sends its RST after the socket's end: that record may be on its way.
@@ -173,6 +173,9 @@ impl Connections {
             Answer::TimeWait => (Final::TimeWait, FinalSource::SockDiag),
             Answer::FinWait2(_) => (Final::FinWait2, FinalSource::SockDiag),
             Answer::Gone => gone(&held, now),
+            // A SYN takes the place of a TIME_WAIT, and nobody need have asked for it in between.
+            Answer::Replaced if may_leave_mini_socket(&held) => (Final::Unknown, FinalSource::Inferred),
+            Answer::Replaced => gone(&held, now),
             Answer::Alive | Answer::Unknown => (Final::Unknown, FinalSource::Inferred),
         };
         self.settle(held, fate, source, out);
@@ -370,6 +373,11 @@ fn may_reset(socket: &Socket) -> bool {
     !socket.fin_received || matches!(socket.old, TcpState::LastAck | TcpState::Closing)
 }
 
+/// Whether a mini-socket was or may have been left: not by an end that comes before both FINs are acknowledged.
+fn may_leave_mini_socket(held: &Held) -> bool {
+    held.deadline.is_some() || held.socket.old == TcpState::FinWait2 || !may_reset(&held.socket)
+}
+
 /// What it means that nothing is left.
 fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
     match held.deadline {
@@ -380,7 +388,7 @@ fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
         // It went before its time, and not by a FIN: mini-sockets are deleted by a RST. No hook sees that.
         Some(_) => (Final::Reset, FinalSource::Inferred),
         // An orphan that the kernel gave up, or an end by the application: no RST followed.
-        None if may_reset(&held.socket) && held.socket.old != TcpState::FinWait2 => (Final::Closed, FinalSource::State),
+        None if !may_leave_mini_socket(held) => (Final::Closed, FinalSource::State),
         // The FIN had come, so it would be there if there had been room for it.
         None if held.socket.fin_received => (Final::Closed, FinalSource::SockDiag),
         // It was never seen: a RST within moments, or no memory for it.

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_FIN_WAIT2, TCP_TIME_WAIT};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_FIN_WAIT2, TCP_LISTEN, TCP_TIME_WAIT};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
@@ -50,9 +50,14 @@ pub enum Answer {
     Alive,
     /// Nothing.
     Gone,
+    /// Nothing: another socket has its addresses by now.
+    Replaced,
     /// The kernel could not be asked.
     Unknown,
 }
+
+/// `INET_DIAG_NOCOOKIE`, twice.
+const ANY_COOKIE: u64 = u64::MAX;
 
 /// How many network namespaces are held at once.
 const NAMESPACES: usize = 64;
@@ -122,8 +127,20 @@ impl SockDiag {
             self.sockets.insert(question.netns, socket.ok());
         }
         let Some(Some(socket)) = self.sockets.get(&question.netns) else { return Answer::Unknown };
-        self.sequence = self.sequence.wrapping_add(1);
-        match exchange(socket, self.sequence, question, &mut self.buffer) {
+        let mut ask = |cookie| {
+            self.sequence = self.sequence.wrapping_add(1);
+            exchange(socket, self.sequence, question, cookie, &mut self.buffer)
+        };
+        let answer = match ask(question.cookie) {
+            // The kernel does not say which it is: is there another?
+            Ok(Answer::Gone) => match ask(ANY_COOKIE) {
+                Ok(Answer::Gone) => Ok(Answer::Gone),
+                Ok(_) => Ok(Answer::Replaced),
+                Err(error) => Err(error),
+            },
+            answer => answer,
+        };
+        match answer {
             Ok(answer) => answer,
             Err(error) => {
                 log::debug!("sock_diag: {error}");
@@ -191,14 +208,20 @@ fn find(netns: u32, pid: Option<u32>) -> Option<File> {
 }
 
 /// One question, one answer.
-fn exchange(socket: &Socket, sequence: u32, question: &Question, buffer: &mut Vec<u8>) -> io::Result<Answer> {
+fn exchange(
+    socket: &Socket,
+    sequence: u32,
+    question: &Question,
+    with_cookie: u64,
+    buffer: &mut Vec<u8>,
+) -> io::Result<Answer> {
     let id = SocketId {
         source_port: question.local.port(),
         destination_port: question.remote.port(),
         source_address: question.local.ip(),
         destination_address: question.remote.ip(),
         interface_id: question.bound_dev,
-        cookie: cookie(question.cookie),
+        cookie: cookie(with_cookie),
     };
     let family = if question.local.is_ipv4() { AF_INET } else { AF_INET6 };
     let request = request(family, StateFlags::all(), id);
@@ -260,6 +283,8 @@ fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
     match message.payload {
         NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => Ok(match response.header.state {
             TCP_TIME_WAIT => Answer::TimeWait,
+            // Without a cookie the listener answers for a connection that is not there.
+            TCP_LISTEN => Answer::Gone,
             // The crate does not keep the time that a mini-socket has left.
             TCP_FIN_WAIT2 if response.header.inode == 0 => {
                 let expires = reply.get(EXPIRES_AT..EXPIRES_AT + 4).and_then(|bytes| bytes.try_into().ok());
@@ -318,7 +343,7 @@ mod tests {
         assert_eq!(sock_diag.ask(&asked), Answer::Alive);
         assert_eq!(
             sock_diag.ask(&Question { cookie: asked.cookie + 1, ..asked.clone() }),
-            Answer::Gone,
+            Answer::Replaced,
             "another's cookie"
         );
         // The segments of the close may be on their way for a moment.

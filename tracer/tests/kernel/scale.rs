@@ -88,7 +88,7 @@ fn a_hundred_thousand_connections_open_at_once() {
     let mut start = String::new();
     stdout.read_line(&mut start).expect("it prints");
     assert!(start.contains(r#""type":"start""#), "{start}");
-    let mut process = Guard(child);
+    let process = Guard(child);
     let before_kib = resident_kib(process.id());
 
     // And how many were lost, once the summary has come.
@@ -96,7 +96,11 @@ fn a_hundred_thousand_connections_open_at_once() {
     let records: Mutex<(Records, Option<u64>)> = Mutex::default();
     let seen = || records.lock().expect("no panic").0.len();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        // Ended here, too, if something below fails: the reader of its output is waited for.
+        let mut process = process;
+        let stdout = &mut stdout;
+        let records = &records;
+        scope.spawn(move || {
             for line in stdout.lines() {
                 let record: Record = serde_json::from_str(&line.expect("UTF-8")).expect("JSON");
                 let mut records = records.lock().expect("no panic");
@@ -138,7 +142,7 @@ fn a_hundred_thousand_connections_open_at_once() {
                 writeln!(holder.0.stdin.as_mut().expect("piped"), "{batch}").expect("it reads");
                 left -= batch;
                 closed += 2 * batch;
-                wait_until("the records of a batch", || seen() >= closed);
+                wait_until(&format!("{closed} records"), || seen() >= closed);
             }
         }
         process.signal(Signal::INT);
@@ -204,9 +208,12 @@ fn the_same_addresses_again_and_again() {
             .map(|close| {
                 let (by, fate) = if end == client_port { ("remote", "closed") } else { ("local", "time_wait") };
                 let wanted = json!({
-                    "closed_by": by, "final": fate, "cause": "request_close", "http": { "requests": 1, "responses": 1 },
+                    "closed_by": by, "cause": "request_close", "http": { "requests": 1, "responses": 1 },
                 });
                 expect(close, &wanted);
+                // If its FIN_WAIT2 was a mini-socket, TIME_WAIT may have given way before it was asked for.
+                let gone = close["final"] == "unknown" && close["final_source"] == "inferred";
+                assert!(close["final"] == fate || end != client_port && gone, "{close:#}");
                 close["http"]["target"].as_str().expect("a target").to_owned()
             })
             .collect();
