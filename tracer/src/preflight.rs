@@ -136,7 +136,7 @@ fn kernel() -> Result<Offsets, Refusal> {
         return Err(Refusal {
             code: exit::BTF,
             message: format!(
-                "kernel {release} has no BTF ({VMLINUX} is missing); it needs one that is built with \
+                "kernel {release} has no BTF ({VMLINUX} is missing); tracer needs a kernel that is built with \
                  CONFIG_DEBUG_INFO_BTF=y, as all large distributions' kernels since 5.11 are, and /sys mounted"
             ),
         });
@@ -149,7 +149,7 @@ fn kernel() -> Result<Offsets, Refusal> {
         let what: Vec<_> = missing.iter().map(|(_, what, since)| format!("{what} (Linux {since})")).collect();
         return Err(Refusal {
             code: exit::KERNEL,
-            message: format!("kernel {release} lacks {}; it needs {needs} or later", what.join(" and ")),
+            message: format!("kernel {release} lacks {}; tracer needs Linux {needs} or later", what.join(" and ")),
         });
     }
     types.offsets().map_err(|error| refuse(exit::KERNEL, error))

@@ -430,21 +430,22 @@ fn thousands_over_loopback_are_never_swapped() {
          say('done')"
     );
     let mut clients = Script::start(port, &script);
-    let hear_all = |script: &Script| -> BTreeMap<u16, u32> {
-        (0..2 * CONNECTIONS)
-            .map(|_| {
-                let line = script.hear();
-                let (port, pid) = line.split_once(' ').expect("a port and a process id");
-                (port.parse().expect("a port"), pid.parse().expect("a process id"))
-            })
-            .collect()
+    // By the client's port; older kernels give some of them twice, and whose is whose cannot be said then.
+    let hear_all = |script: &Script| -> BTreeMap<u16, Option<u32>> {
+        let mut pids = BTreeMap::new();
+        for _ in 0..2 * CONNECTIONS {
+            let line = script.hear();
+            let (port, pid) = line.split_once(' ').expect("a port and a process id");
+            let pid: u32 = pid.parse().expect("a process id");
+            pids.entry(port.parse().expect("a port")).and_modify(|known| *known = None).or_insert(Some(pid));
+        }
+        pids
     };
     let (accepted, connected) = (hear_all(&server), hear_all(&clients));
     clients.expect("done");
     clients.ends();
     assert!(accepted.keys().eq(connected.keys()));
-    // A port that was used again would make the truth ambiguous.
-    assert_eq!(accepted.len(), 2 * CONNECTIONS);
+    assert!(accepted.values().flatten().count() > CONNECTIONS, "too few ports that were used only once");
     tracer.wait_for("all closes", |events| (events.len() > 4 * CONNECTIONS).then_some(()));
     let run = tracer.stop();
     let mut unknown = 0;
@@ -456,8 +457,8 @@ fn thousands_over_loopback_are_never_swapped() {
         if close["process"].is_null() {
             unknown += 1;
             assert!(at_server && peer % 5 == 4, "{close:#}");
-        } else {
-            assert_eq!(close["process"]["pid"], truth, "{close:#}");
+        } else if let Some(pid) = truth {
+            assert_eq!(close["process"]["pid"], pid, "{close:#}");
         }
         assert_eq!(close["closer"], json!(null), "{close:#}");
     }

@@ -14,6 +14,8 @@ mount -t securityfs security /sys/kernel/security
 mkdir -p /lib/modules
 mount --bind /payload/modules /lib/modules
 hostname guest
+# Some tests open very many.
+ulimit -n 65536
 ip link set lo up
 # What is asked of these by number, not by name, no kernel loads by itself.
 for module in inet_diag tcp_diag tun veth nf_tables; do
