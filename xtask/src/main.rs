@@ -63,9 +63,9 @@ enum Command {
         /// The demo and a dozen tests
         #[arg(long)]
         quick: bool,
-        /// Only tests whose name contains this
+        /// Only tests whose name contains one of these
         #[arg(conflicts_with = "quick")]
-        filter: Option<String>,
+        filters: Vec<String>,
     },
 }
 
@@ -80,7 +80,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::lint(),
         Command::Oracle { quick } => oracle::oracle(quick),
         Command::Test { filter } => test::test(filter.as_deref()),
-        Command::Vm { kernel, quick, filter } => vm::vm(&kernel, quick, filter.as_deref()),
+        Command::Vm { kernel, quick, filters } => vm::vm(&kernel, quick, &filters),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

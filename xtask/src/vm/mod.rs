@@ -75,8 +75,8 @@ const QUICK: [&str; 12] = [
     "wire::a_request_that_completes_the_handshake",
 ];
 
-/// Runs the tests on one kernel, or on all; `filter`: only those whose name contains it.
-pub(crate) fn vm(version: &str, quick: bool, filter: Option<&str>) -> Result<()> {
+/// Runs the tests on one kernel, or on all; `filters`: only those whose name contains one of them.
+pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
     let kernels: Vec<_> = KERNELS.iter().filter(|kernel| version == "all" || version == kernel.version).collect();
     if kernels.is_empty() {
         let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.version).collect();
@@ -100,7 +100,7 @@ pub(crate) fn vm(version: &str, quick: bool, filter: Option<&str>) -> Result<()>
             .iter()
             .map(String::as_str)
             .filter(|name| !quick || QUICK.contains(name))
-            .filter(|name| filter.is_none_or(|part| name.contains(part)))
+            .filter(|name| filters.is_empty() || filters.iter().any(|part| name.contains(part)))
             .filter(|name| !skipped.iter().any(|(skipped, _)| skipped == name))
             .collect();
         if quick && wanted.len() != QUICK.len() {
