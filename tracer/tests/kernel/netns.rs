@@ -54,7 +54,8 @@ fn a_full_time_wait_table_leaves_none() {
     let port = listener.port;
     let closes = tracer.wait_for_closes(CONNECTIONS, |close| port_of(close, "local") == Some(port));
     let left = |fate: &str| closes.iter().filter(|close| close["final"] == fate).count();
-    assert_eq!((left("time_wait"), left("closed")), (ROOM, CONNECTIONS - ROOM), "{closes:#?}");
+    // Where the client's FIN comes later than its ACK, nothing tells why the socket left nothing.
+    assert_eq!((left("time_wait"), left("closed") + left("unknown")), (ROOM, CONNECTIONS - ROOM), "{closes:#?}");
     for close in &closes {
         expect(close, &json!({ "closed_by": "local", "how": "fin", "final_source": "sock_diag" }));
     }
