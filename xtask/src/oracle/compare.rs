@@ -26,8 +26,8 @@ pub(crate) type Ends = (SocketAddr, SocketAddr);
 /// Which processes may own an end: the one that is known for the connection, or else those that it may be.
 #[derive(Debug, Default)]
 pub(crate) struct Owners {
-    /// The server's process that handled a connection, by the server's own log.
-    pub(crate) logged: HashMap<Ends, u32>,
+    /// The server's process that handled a connection, by the server's own log; several, if the addresses were used again.
+    pub(crate) logged: HashMap<Ends, Vec<u32>>,
     /// The processes of the server that listens on this port.
     pub(crate) servers: HashMap<u16, Vec<u32>>,
     /// The client process that made a connection, by its own word.
@@ -40,8 +40,11 @@ impl Owners {
     fn of(&self, connection: &Connection, end: End) -> Option<Vec<u32>> {
         let known = |pid: Option<&u32>| pid.map(|pid| vec![*pid]);
         match end {
-            End::Server => known(self.logged.get(&(connection.client, connection.server)))
-                .or_else(|| self.servers.get(&connection.server.port()).cloned()),
+            End::Server => self
+                .logged
+                .get(&(connection.client, connection.server))
+                .or_else(|| self.servers.get(&connection.server.port()))
+                .cloned(),
             End::Client => known(self.exact.get(&(connection.client, connection.server)))
                 .or_else(|| self.clients.get(&connection.server).cloned()),
         }
