@@ -107,7 +107,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
         if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {
             conn.role = role::SERVER;
         }
-        if conn.ready == 0 {
+        if conn.cookie == 0 {
             if new == tcp::CLOSE {
                 conn.flags |= flag::COOKIE_LATE;
             }
@@ -213,6 +213,9 @@ unsafe fn ended(sk: Sock, conn: &mut Conn, old: i32, now: u64) {
         }
         if sock::locked_by_process(sk) {
             conn.flags |= flag::IN_PROCESS;
+        }
+        if sock::shut_down(sk) {
+            conn.flags |= flag::SHUT_DOWN;
         }
         if sock::all_acknowledged(sk) {
             conn.flags |= flag::ALL_ACKNOWLEDGED;

@@ -46,10 +46,11 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
 /// Since when it has been in CLOSE_WAIT: the last transition that was noted.
 #[inline(always)]
 fn since(conn: &Conn, now: u64) -> u64 {
-    if conn.states_len == 0 {
+    if conn.states_len == 0 || conn.states_len > STATES as u8 {
         return now;
     }
-    let last = clamp::<{ STATES as i32 - 1 }>(u64::from(conn.states_len) - 1) as usize;
+    // The mask is for the verifier, as in `push_state`.
+    let last = clamp::<7>(u64::from(conn.states_len) - 1) as usize;
     // SAFETY: `last` is below `STATES`.
     let (state, at_ns) = unpack_state(unsafe { conn.states.as_ptr().add(last).read_volatile() });
     // Where it is another, the transition is being noted right now, or there was no room for it.

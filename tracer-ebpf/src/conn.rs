@@ -10,7 +10,7 @@ use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
 use tracer_ebpf::head::{self, Http, clamp};
-use tracer_ebpf::{Record, STATES, TICK_NS, Task, counter, filter, flag, pack_state};
+use tracer_ebpf::{Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, pack_state};
 
 use crate::sock;
 
@@ -33,9 +33,13 @@ pub(crate) mod mark {
 /// Tracepoints and egress run where the socket is locked; ingress and the walk over open files do not, and may run on
 /// another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`, its own `payload_end` and
 /// stream of [`Http`]) or single words whose last writer may win (`payload_ns`, `end_ns`, `first_end`); the first sight of
-/// a socket, from wherever, is one program's alone (`ready`); and the walk writes `owner` only while nobody has.
+/// a socket, from wherever, is one program's alone (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
+///
+/// With what the kernel adds (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes, all
+/// of which are cleared for each socket.
 #[repr(C)]
 pub(crate) struct Conn {
+    /// 0: nobody has seen the socket yet.
     pub(crate) cookie: u64,
     pub(crate) established_ns: u64,
     pub(crate) payload_ns: u64,
@@ -50,8 +54,8 @@ pub(crate) struct Conn {
     pub(crate) handed_len: u32,
     /// Sequence number after the last new payload byte, for each direction; 0: none yet.
     pub(crate) payload_end: [u32; 2],
-    /// 1: a first sight initialises this, or has.
-    pub(crate) ready: u32,
+    /// 1: somebody writes the owner.
+    pub(crate) owner_busy: u32,
     pub(crate) role: u8,
     pub(crate) first_end: u8,
     pub(crate) owner_source: u8,
@@ -66,6 +70,7 @@ pub(crate) struct Conn {
     pub(crate) close_wait_told: u8,
     pub(crate) http: Http,
 }
+const _: () = assert!(size_of::<Conn>() <= 512 - 72);
 
 /// A request that arrived at a listener, waiting for the socket that will be cloned from it.
 #[repr(C)]
@@ -88,10 +93,8 @@ pub(crate) struct Seen {
     pub(crate) change: u64,
 }
 
-/// The ring buffer's size: some 20,000 records, between two looks of the reader.
-const RING_BYTES: usize = 8 << 20;
-/// After a wake-up the reader looks again within twice this time, so nothing written meanwhile needs another.
-const WAKEUP_INTERVAL_NS: i64 = 5_000_000;
+/// The ring buffer's size where user space asks for no other.
+const RING_BYTES: usize = 4 << 20;
 
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
@@ -99,8 +102,10 @@ pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
 static RING: RingBuf<Record, RING_BYTES> = RingBuf::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
+/// Until when the reader looks by itself (`bpf_ktime_get_ns`): what is written before needs no wake-up. The reader prolongs
+/// it as long as it finds records, see [`WAKEUP_NS`].
 #[btf_map]
-static LAST_WAKEUP: Array<u64, 1> = Array::new();
+static LOOKS_UNTIL: Array<u64, 1> = Array::new();
 /// The processes asked for and their descendants: process id to start time in [`TICK_NS`].
 #[btf_map]
 pub(crate) static PIDS: HashMap<u32, u64, 16384> = HashMap::new();
@@ -219,8 +224,9 @@ impl Conn {
     pub(crate) fn push_state(&mut self, state: i32, at_ns: u64) {
         let at = self.states_len;
         if at < STATES as u8 {
-            let slot = clamp::<{ STATES as i32 - 1 }>(u64::from(at)) as usize;
-            // SAFETY: `slot` is below `STATES`.
+            // The mask is for the verifier, which does not see the bound above: it lets nothing beyond `Conn` through.
+            let slot = clamp::<7>(u64::from(at)) as usize;
+            // SAFETY: `at` is below `STATES`, and so is `slot`.
             unsafe { self.states.as_mut_ptr().add(slot).write_volatile(pack_state(state as u8, at_ns)) };
             self.states_len = at + 1;
         }
@@ -236,9 +242,12 @@ impl Conn {
     }
 }
 
-/// Whether the process asked for with `--pid`, or a descendant, is `task`.
+/// Whether the process asked for with `--pid`, or a descendant, is `task`; without `--pid` nobody is.
 #[inline(always)]
 pub(crate) fn pid_asked(task: &Task) -> bool {
+    if sock::config_filters() & filter::PID == 0 {
+        return false;
+    }
     // SAFETY: the value is read at once.
     match unsafe { PIDS.get(task.tgid) } {
         Some(start) => *start == task.start_ns / TICK_NS,
@@ -306,21 +315,21 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
             (&raw const conn.http.exchange).cast(),
         );
     }
-    entry.submit(wakeup(now()));
+    entry.submit(wakeup(at_ns));
     true
 }
 
-/// Whether the reader must be woken: not if that happened a moment ago. A wake-up costs more than all else here.
+/// Whether the reader must be woken: not while it looks by itself. A wake-up costs more than all else here, on a virtual
+/// machine 20 µs and more.
 #[inline(always)]
 fn wakeup(now: u64) -> u64 {
-    let Some(last) = LAST_WAKEUP.get_ptr_mut(0) else { return 0 };
-    // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice. Another CPU may have
-    // stored a later time than ours: that is a moment ago, too.
+    let Some(until) = LOOKS_UNTIL.get_ptr_mut(0) else { return 0 };
+    // SAFETY: an aligned word. Two CPUs may both read the old value: then the reader is woken twice.
     unsafe {
-        if (now.wrapping_sub(last.read_volatile()) as i64) < WAKEUP_INTERVAL_NS {
+        if now < until.read_volatile() {
             return u64::from(BPF_RB_NO_WAKEUP);
         }
-        last.write_volatile(now);
+        until.write_volatile(now + WAKEUP_NS);
     }
     u64::from(BPF_RB_FORCE_WAKEUP)
 }

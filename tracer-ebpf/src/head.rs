@@ -440,10 +440,10 @@ pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
     if http.stopped != 0 {
         return;
     }
-    let mut unknown = false;
+    let mut unknown = stream(http, INGRESS).missed != 0;
     if http.aside_at != http.aside_end {
         pass_aside(http);
-        unknown = http.aside_at != http.aside_end;
+        unknown |= http.aside_at != http.aside_end;
     }
     if (unknown || unseen(stream(http, INGRESS), received)) && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, INGRESS);
@@ -487,6 +487,15 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
         http.exchange.protocol = protocol::UNDECIDED;
     }
     lose_direction(http, INGRESS);
+}
+
+/// Whether nothing that a segment holds can change anything: its direction is lost, or the rest of the connection is body or
+/// no HTTP/1.x, and it does not repeat what was looked at. May be asked while another CPU scans the direction: it does not
+/// come back from there, but for [`again`] and within a step (then what is passed over here is a gap).
+#[inline(always)]
+pub fn is_done<const D: usize>(http: &mut Http, seq: u32) -> bool {
+    let done = http.stopped != 0 || stream(http, D).phase >= phase::UNTIL_CLOSE;
+    done && !(D == INGRESS && repeats(http, seq))
 }
 
 /// Takes a segment: sequence number and number of its payload bytes. Whether they must be looked at: then [`step`] is

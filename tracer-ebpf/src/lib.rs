@@ -95,6 +95,8 @@ pub mod flag {
     pub const COOKIE_LATE: u32 = 1 << 9;
     /// The state change ran in the context of the process that holds the socket lock, not in softirq.
     pub const IN_PROCESS: u32 = 1 << 10;
+    /// The application had shut both directions down (`sk_shutdown`): it has called `close`, or `shutdown` for both.
+    pub const SHUT_DOWN: u32 = 1 << 11;
 }
 
 wire! {
@@ -119,8 +121,12 @@ impl Task {
 /// The unit of process start times in `/proc/<pid>/stat` (`USER_HZ` is 100), in nanoseconds.
 pub const TICK_NS: u64 = 10_000_000;
 
-/// Number of transitions that a [`Record`] can hold.
-pub const STATES: usize = 8;
+/// For how long after a wake-up of the reader nothing that is written needs another, nanoseconds.
+pub const WAKEUP_NS: u64 = 5_000_000;
+
+/// Number of transitions that a [`Record`] can hold: the longest life is SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT1, CLOSING
+/// (or FIN_WAIT2), CLOSE.
+pub const STATES: usize = 6;
 
 /// Packs a TCP state (`TCP_ESTABLISHED` = 1 … `TCP_NEW_SYN_RECV` = 12) and the moment it was entered
 /// (`bpf_ktime_get_ns`) into a word of [`Record::states`].
@@ -224,6 +230,8 @@ wire! {
         pub sk_protocol: u32,
         /// `sock.sk_err`
         pub sk_err: u32,
+        /// `sock.sk_shutdown`
+        pub sk_shutdown: u32,
         /// `sock.sk_lock.owned`
         pub sk_lock_owned: u32,
         /// `inet_sock.inet_sport`

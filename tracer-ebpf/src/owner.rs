@@ -13,7 +13,7 @@ use tracer_ebpf::{TICK_NS, Task, flag, source};
 
 use crate::conn::{self, Conn, EXITED, PIDS, mark};
 use crate::sock::{self, Sock, Who, load, tcp};
-use crate::traffic;
+use crate::{scan, traffic};
 
 /// Learns what a transition tells of owner and closer.
 ///
@@ -35,13 +35,14 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
                 return;
             }
             (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::FIN_WAIT1 | tcp::LAST_ACK) => true,
-            // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear or says what ICMP once
-            // said (`IP_RECVERR`); or `tcp_abort`. After a FIN of ours the local close was made before, by whom we may not
+            // A close that sends a RST: nothing came from the peer or a timer, and `sk_err` is clear; or the application had
+            // called `close`, and it says what ICMP once said (`IP_RECVERR`); or `tcp_abort`. (A timer that found the socket
+            // locked is run by whoever unlocks it.) After a FIN of ours the local close was made before, by whom we may not
             // know.
             (tcp::ESTABLISHED | tcp::SYN_RECV | tcp::CLOSE_WAIT, tcp::CLOSE) => {
                 let err = sock::sk_err(sk);
                 aborted = err == sock::ECONNABORTED;
-                let old = err != sock::ETIMEDOUT && conn.flags & flag::RST_SENT == 0;
+                let old = err != sock::ETIMEDOUT && conn.flags & flag::RST_SENT == 0 && sock::shut_down(sk);
                 conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || aborted || old)
             }
             _ => false,
@@ -75,16 +76,26 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
     }
 }
 
-/// Makes `task` the owner.
+/// Makes `task` the owner, unless somebody writes another one at this instant: then that one stays. Only the walk over the
+/// open files and a process that holds the socket's lock can meet so.
 #[inline(always)]
 fn own(conn: &mut Conn, task: &Task, by: u8) {
-    // SAFETY: both are four words.
-    unsafe { conn::copy_words::<4>((&raw mut conn.owner).cast(), (&raw const *task).cast()) };
-    conn.owner_source = by;
-    if conn::pid_asked(task) {
-        conn.marks |= mark::OWNER_ASKED;
-    } else {
-        conn.marks &= !mark::OWNER_ASKED;
+    // SAFETY: an aligned word of `conn`; an owner is four words, and written by one program at a time.
+    unsafe {
+        if scan::exchange(&raw mut conn.owner_busy, 1) != 0 {
+            return;
+        }
+        // By the walk, which need not have seen what was learnt since it looked.
+        if by != source::OPEN_FILES || conn.owner_source <= source::OPEN_FILES {
+            conn::copy_words::<4>((&raw mut conn.owner).cast(), (&raw const *task).cast());
+            (&raw mut conn.owner_source).write_volatile(by);
+            if conn::pid_asked(task) {
+                conn.marks |= mark::OWNER_ASKED;
+            } else {
+                conn.marks &= !mark::OWNER_ASKED;
+            }
+        }
+        scan::exchange(&raw mut conn.owner_busy, 0);
     }
 }
 
@@ -217,7 +228,7 @@ extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
             return 0;
         }
         let Some(conn) = conn::get_or_create(sk) else { return 0 };
-        if conn.ready == 0 {
+        if conn.cookie == 0 {
             traffic::first_sight(conn, bpf_get_socket_cookie(sk), state, conn::now());
         }
         let mut found = Task::NONE;

@@ -36,6 +36,9 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
     // SAFETY: valid as the caller says. The other direction may be scanned on another CPU at the same time: each writes
     // its own stream, and what the two share is written in the way that `Http` describes.
     let state = unsafe { &mut *http };
+    if head::is_done::<D>(state, seq) {
+        return;
+    }
     let busy = &raw mut state.streams[D].busy;
     // Sending is serialised by the socket's lock, receiving is not.
     // SAFETY: an aligned word of `state`.
@@ -78,6 +81,15 @@ pub(crate) unsafe fn exchange(word: *mut u32, value: u32) -> u32 {
     let mut value = value;
     // SAFETY: an exchange of a register and the word, which the caller vouches for.
     unsafe { core::arch::asm!("{0} = xchg32_32({1} + 0, {0})", inout(wreg) value, in(reg) word, options(nostack)) };
+    value
+}
+
+/// [`exchange`] for a word of 64 bits.
+#[inline(always)]
+pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
+    let mut value = value;
+    // SAFETY: an exchange of a register and the word, which the caller vouches for.
+    unsafe { core::arch::asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) value, in(reg) word, options(nostack)) };
     value
 }
 

@@ -137,6 +137,18 @@ pub(crate) unsafe fn sk_err(sk: Sock) -> u32 {
     unsafe { load!(sk, sk_err, u32) }
 }
 
+/// Whether the application has shut both directions down: it closes the socket. (`tcp_done` says the same, but after the
+/// transition.)
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn shut_down(sk: Sock) -> bool {
+    const SHUTDOWN_MASK: u8 = 3;
+    // SAFETY: by the caller's word.
+    unsafe { load!(sk, sk_shutdown, u8) & SHUTDOWN_MASK == SHUTDOWN_MASK }
+}
+
 /// The peer's FIN was processed: `tcp_fin()` sets `SOCK_DONE`, and nothing else in TCP does.
 ///
 /// # Safety

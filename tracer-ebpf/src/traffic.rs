@@ -201,7 +201,7 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         }
         let Some(conn) = conn::get_or_create(sk.cast()) else { return };
         let now = conn::now();
-        if conn.ready == 0 {
+        if conn.cookie == 0 {
             first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, now);
         }
         if DIRECTION == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 && !sock::backlogs(sk.cast()) {
@@ -327,9 +327,15 @@ pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32, snd_una: u32) {
 #[inline(always)]
 fn restart(conn: &mut Conn) {
     let full_target = conn.http.full_target;
-    // A segment that is read on another CPU now makes a gap, and is no more harm than that.
-    // SAFETY: `Http` is so many words.
-    unsafe { conn::clear_words::<{ size_of::<head::Http>() / 8 }>((&raw mut conn.http).cast()) };
+    // SAFETY: an aligned word of `conn`; and `Http` is so many words. Clearing them gives `busy` back.
+    unsafe {
+        if scan::exchange(&raw mut conn.http.streams[INGRESS].busy, 1) != 0 {
+            // A segment is being read on another CPU right now, from the wrong beginning.
+            head::miss::<INGRESS>(&mut conn.http);
+            return;
+        }
+        conn::clear_words::<{ size_of::<head::Http>() / 8 }>((&raw mut conn.http).cast());
+    }
     conn.http.full_target = full_target;
 }
 
@@ -338,10 +344,9 @@ fn restart(conn: &mut Conn) {
 #[inline(always)]
 pub(crate) fn first_sight(conn: &mut Conn, cookie: u64, state: i32, now: u64) {
     // SAFETY: an aligned word of `conn`.
-    if unsafe { scan::exchange(&raw mut conn.ready, 1) } != 0 {
+    if unsafe { scan::exchange_u64(&raw mut conn.cookie, cookie) } != 0 {
         return;
     }
-    conn.cookie = cookie;
     conn.http.full_target = u8::from(sock::config_full_target());
     match state {
         // Not older than the programs, or nothing has been missed.

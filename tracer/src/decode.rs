@@ -96,6 +96,8 @@ pub struct Socket {
     pub time_wait_room: Option<bool>,
     /// The transition ran in the process that holds the socket lock, not in softirq.
     pub in_process: bool,
+    /// The application had closed the socket, or shut both directions down.
+    pub shut_down: bool,
     /// `sk_err`, a positive errno.
     pub sk_err: u16,
     /// Payload bytes received.
@@ -213,6 +215,7 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
         closed_by_exit: has(flag::CLOSED_BY_EXIT),
         time_wait_room: if has(flag::TIME_WAIT_COUNT_UNKNOWN) { None } else { Some(!has(flag::TIME_WAIT_FULL)) },
         in_process: has(flag::IN_PROCESS),
+        shut_down: has(flag::SHUT_DOWN),
         sk_err: record.sk_err,
         rx_bytes: record.rx_bytes,
         tx_bytes: record.tx_bytes,

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use aya::maps::{HashMap, Map, MapData, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
@@ -39,6 +39,20 @@ pub struct Ask {
     pub full_target: bool,
     /// How long a socket may be in CLOSE_WAIT before it is reported.
     pub close_wait_after: Duration,
+    /// Size of the ring buffer, bytes: a power of two, and at least a page.
+    pub ring_bytes: u32,
+}
+
+/// What [`Kernel::attach`] gives.
+pub struct Attached {
+    /// The programs.
+    pub kernel: Kernel,
+    /// Their records.
+    pub ring: RingBuf<MapData>,
+    /// Until when they wake nobody, see [`crate::ring`].
+    pub looks_until: Array<MapData, u64>,
+    /// Their warnings.
+    pub log: EbpfLogger<&'static dyn Log>,
 }
 
 /// Counters of the programs, summed over all CPUs.
@@ -79,11 +93,7 @@ impl Kernel {
     ///
     /// # Errors
     /// What the kernel refused, with the program or map that it refused.
-    pub fn attach(
-        ask: &Ask,
-        cgroup: &OwnedFd,
-        offsets: &Offsets,
-    ) -> Result<(Self, RingBuf<MapData>, EbpfLogger<&'static dyn Log>)> {
+    pub fn attach(ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Attached> {
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
@@ -103,9 +113,10 @@ impl Kernel {
             .btf(Some(&btf))
             .override_global("OFFSETS", bytemuck::bytes_of(offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
+            .map_max_entries("RING", ask.ring_bytes)
             .load(OBJECT)
             .context("cannot create the maps of the kernel programs")?;
-        let logger = EbpfLogger::init(&mut ebpf).context("cannot read the programs' log")?;
+        let log = EbpfLogger::init(&mut ebpf).context("cannot read the programs' log")?;
 
         fill(&mut ebpf, "PORTS", &ask.ports.iter().map(|port| (*port, 1u8)).collect::<Vec<_>>())?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
@@ -153,8 +164,10 @@ impl Kernel {
         }
 
         let ring = RingBuf::try_from(take(&mut ebpf, "RING")?)?;
+        let looks_until = Array::try_from(take(&mut ebpf, "LOOKS_UNTIL")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
-        Ok((Self { ebpf: Some(ebpf), counters, close_wait, hooks, degraded }, ring, logger))
+        let kernel = Self { ebpf: Some(ebpf), counters, close_wait, hooks, degraded };
+        Ok(Attached { kernel, ring, looks_until, log })
     }
 
     /// Detaches the programs. What they have written, and their counters, can still be read.

@@ -50,6 +50,7 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
             states: arguments.states,
             full_target: arguments.full_target,
             close_wait_after: arguments.close_wait_after,
+            ring_bytes: arguments.ring_size,
         },
         duration: arguments.duration,
         sink,

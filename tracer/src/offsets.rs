@@ -52,6 +52,7 @@ impl Types {
             skc_flags: offset("sock", "__sk_common.skc_flags")?,
             sk_protocol: offset("sock", "sk_protocol")?,
             sk_err: offset("sock", "sk_err")?,
+            sk_shutdown: offset("sock", "sk_shutdown")?,
             sk_lock_owned: offset("sock", "sk_lock.owned")?,
             inet_sport: offset("inet_sock", "inet_sport")?,
             rcv_nxt: offset("tcp_sock", "rcv_nxt")?,

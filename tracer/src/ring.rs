@@ -1,20 +1,28 @@
 //! The ring buffer's reader: bytes of records out, as soon as it pays to look.
 //!
-//! The programs wake the reader at most every 5 ms, because a wake-up costs more than everything else they do. So after a
-//! wake-up the reader looks twice: at once, and [`PAUSE`] later, when everything that was written without a wake-up is
-//! there. While records keep coming it goes on like this; on an idle host it sleeps until the next wake-up.
+//! A wake-up costs more than everything else that the programs do. So the reader, once woken, looks by itself every
+//! [`PAUSE`] for as long as it finds records, and tells the programs until when it will: under load there are no wake-ups.
+//! When it finds none it looks once more, when that time has passed and everything that was written without a wake-up is
+//! there; then it sleeps until the next one. An idle host costs nothing.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
-use aya::maps::{MapData, RingBuf};
+use aya::maps::{Array, MapData, RingBuf};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
+use tracer_ebpf::WAKEUP_NS;
 
-/// Between two looks; more than the 5 ms within which the programs do not wake again.
+use crate::connection::monotonic_ns;
+
+/// Between two looks.
 const PAUSE: Duration = Duration::from_millis(10);
+/// How long after a look the programs need not wake the reader: longer than [`PAUSE`], for a look that comes late.
+const UNWOKEN: Duration = Duration::from_millis(15);
+/// A program may have looked at the clock a moment before it writes its record. Also after [`WAKEUP_NS`].
+const LATE: Duration = Duration::from_millis(5);
 
 /// Waits for `fd` in the event loop.
 ///
@@ -31,6 +39,10 @@ pub struct Ring {
     ring: AsyncFd<RingBuf<MapData>>,
     /// Something may come without a wake-up: look again then.
     look_at: Option<Instant>,
+    /// The programs' word for it: until when they wake nobody.
+    looks_until: Array<MapData, u64>,
+    /// From when on everything is there that came without a wake-up.
+    settled_at: Instant,
 }
 
 impl Ring {
@@ -38,8 +50,9 @@ impl Ring {
     ///
     /// # Errors
     /// The buffer's descriptor cannot be waited for.
-    pub fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
-        Ok(Self { ring: watch(ring, Interest::READABLE)?, look_at: Some(Instant::now()) })
+    pub fn new(ring: RingBuf<MapData>, looks_until: Array<MapData, u64>) -> io::Result<Self> {
+        let now = Instant::now();
+        Ok(Self { ring: watch(ring, Interest::READABLE)?, look_at: Some(now), looks_until, settled_at: now })
     }
 
     /// Waits until there may be records. May be dropped and called again at any time: that delays nothing.
@@ -52,7 +65,7 @@ impl Ring {
             self.look_at = None;
         } else {
             self.ring.readable().await?.clear_ready();
-            self.look_at = Some(Instant::now() + PAUSE);
+            self.settled_at = Instant::now() + Duration::from_nanos(WAKEUP_NS) + LATE;
         }
         Ok(())
     }
@@ -67,9 +80,19 @@ impl Ring {
             record(&item);
             count += 1;
         }
-        if count > 0 {
-            // At once if some may be left.
-            self.look_at = Some(if count == most { Instant::now() } else { Instant::now() + PAUSE });
+        let now = Instant::now();
+        if count == most {
+            // Some may be left.
+            self.look_at = Some(now);
+        } else if count > 0 {
+            let unwoken = u64::try_from(UNWOKEN.as_nanos()).unwrap_or(0);
+            // Where that fails there are more wake-ups, and no more harm than that.
+            if self.looks_until.set(0, monotonic_ns() + unwoken, 0).is_ok() {
+                self.settled_at = now + UNWOKEN + LATE;
+            }
+            self.look_at = Some(now + PAUSE);
+        } else if now < self.settled_at {
+            self.look_at = Some(self.settled_at);
         }
         count
     }

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::connection::Connections;
 use crate::decode::decode;
 use crate::event::{Event, Lost, Start};
-use crate::kernel::{Ask, Counters, Kernel};
+use crate::kernel::{Ask, Attached, Counters, Kernel};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
@@ -67,12 +67,12 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
 
-    let (mut kernel, ring, programs_log) =
+    let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
     privileges::drop_unneeded()?;
     let began = Instant::now();
-    let mut ring = Ring::new(ring)?;
-    let mut programs_log = watch(programs_log, Interest::READABLE)?;
+    let mut ring = Ring::new(ring, looks_until)?;
+    let mut programs_log = watch(log, Interest::READABLE)?;
     let mut degraded = host.degraded;
     for missing in kernel.degraded.drain(..) {
         warn!("{missing}");

@@ -116,12 +116,12 @@ const fn timed_out(socket: &Socket) -> bool {
 }
 
 /// Likewise: when a connection is given up, the kernel prefers what ICMP last said of the peer to `ETIMEDOUT`. A timer does
-/// that; where a process ends the socket, the error is an old one that nobody asked for (`IP_RECVERR`). Before it is
-/// established, ICMP ends it at once. In FIN_WAIT2 nothing of ours is on the way: there only a keep-alive probe can fail,
+/// that (or, if a process had the socket locked just then, that process on its behalf); where a process closes the socket, the
+/// error is an old one that nobody asked for (`IP_RECVERR`). Before it is established, ICMP ends it at once. In FIN_WAIT2 nothing of ours is on the way: there only a keep-alive probe can fail,
 /// and that sends a RST.
 fn given_up(socket: &Socket) -> bool {
     errno::BY_ICMP.contains(&socket.sk_err)
-        && !socket.in_process
+        && !(socket.in_process && socket.shut_down)
         && match socket.old {
             TcpState::SynSent => false,
             TcpState::FinWait2 => socket.rst_sent,

@@ -18,7 +18,7 @@ use tracer::sink::summary::{Missed, Summarizer};
 use tracer::sink::{Json, Text};
 use tracer::time_wait::SockDiag;
 use tracer_ebpf::head::{bit, protocol, token};
-use tracer_ebpf::{Record, Task, first_end, flag, kind, pack_state, role, source};
+use tracer_ebpf::{Record, STATES, Task, first_end, flag, kind, pack_state, role, source};
 use unicode_width::UnicodeWidthStr as _;
 
 const MS: u64 = 1_000_000;
@@ -69,7 +69,7 @@ fn set_target(record: &mut Record, target: &[u8]) {
 }
 
 fn set_states(record: &mut Record, states: &[u8]) {
-    record.states = [0; 8];
+    record.states = [0; STATES];
     for (at, state) in states.iter().enumerate() {
         record.states[at] = pack_state(*state, BEGAN + at as u64 * MS);
     }
@@ -547,7 +547,7 @@ fn any_record() -> impl Strategy<Value = Record> {
         1_u8..=2,
         1_u8..=12,
         1_u8..=12,
-        any::<[(bool, u8); 8]>(),
+        any::<[(bool, u8); STATES]>(),
     )
         .prop_map(|(bytes, kind, old, new, states)| {
             let mut record: Record = bytemuck::pod_read_unaligned(&bytes);

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: formatting, and clippy without a warning, for the host and for the kernel programs.
+//! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs.
 
 use anyhow::Result;
 
@@ -12,5 +12,12 @@ pub(crate) fn lint() -> Result<()> {
     clippy(&["--workspace", "--all-targets"])?;
     // Not among all targets, as it needs root to run.
     clippy(&["--package", "tracer", "--test", "kernel"])?;
+    // The fuzz targets: a workspace of their own, which a stable compiler checks but does not link.
+    let manifest = ["--manifest-path", "tracer-ebpf/fuzz/Cargo.toml"];
+    workspace::succeed(workspace::cargo().arg("fmt").args(manifest).arg("--check"))?;
+    let target = workspace::target_dir().join("fuzz");
+    workspace::succeed(
+        workspace::cargo().arg("clippy").args(manifest).arg("--target-dir").arg(target).args(["--", "-D", "warnings"]),
+    )?;
     ebpf::clippy()
 }

@@ -8,6 +8,7 @@
 //! | `0xfe` | the segment ends here |
 //! | `0xfd n` | the next segment begins `n` bytes (signed) from where it should |
 //! | `0xfc` | the direction is lost, or missed by another CPU |
+//! | `0xfb` | the segment that follows is dropped by TCP: what it sends for these bytes later need not be the same |
 
 use super::head::{
     self, EGRESS, Exchange, Http, INGRESS, MAX_STEPS, TARGET, WINDOW, WINDOW_WORDS, bit, protocol, token,
@@ -51,11 +52,24 @@ pub fn segment_in(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
     if direction == INGRESS { segment::<INGRESS>(http, seq, bytes) } else { segment::<EGRESS>(http, seq, bytes) }
 }
 
+/// Gives a received segment to the scanner, as the kernel's programs do: `next` is the first byte that TCP has not received.
+fn receive(http: &mut Http, seq: u32, bytes: &[u8], next: u32) {
+    if head::is_done::<INGRESS>(http, seq) {
+        return;
+    }
+    if head::repeats(http, seq) {
+        head::again(http, seq, bytes.len() as u32, next);
+    }
+    segment::<INGRESS>(http, seq, bytes);
+}
+
 /// Something that happens in one direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A segment, at an offset from where it should begin.
     Segment(usize, i8, Vec<u8>),
+    /// Likewise, but TCP does not take it.
+    Dropped(usize, i8, Vec<u8>),
     /// `head::lose`, `head::miss`.
     Lost(usize),
     Missed(usize),
@@ -84,13 +98,14 @@ pub fn conversation(data: &[u8]) -> Option<(Options, Vec<Event>)> {
     };
     // Requests first.
     let mut direction = if options.role == roles::CLIENT { EGRESS } else { INGRESS };
-    let (mut events, mut offset, mut bytes) = (Vec::new(), 0, Vec::new());
+    let (mut events, mut offset, mut dropped, mut bytes) = (Vec::new(), 0, false, Vec::new());
     let mut data = data.iter();
     loop {
         let byte = data.next();
-        if matches!(byte, None | Some(0xfc..=0xff)) && !bytes.is_empty() {
-            events.push(Event::Segment(direction, offset, std::mem::take(&mut bytes)));
-            offset = 0;
+        if matches!(byte, None | Some(0xfb..=0xff)) && !bytes.is_empty() {
+            let event = if dropped { Event::Dropped } else { Event::Segment };
+            events.push(event(direction, offset, std::mem::take(&mut bytes)));
+            (offset, dropped) = (0, false);
         }
         match byte {
             None => return Some((options, events)),
@@ -99,6 +114,7 @@ pub fn conversation(data: &[u8]) -> Option<(Options, Vec<Event>)> {
             Some(0xfd) => offset = data.next().map_or(0, |n| *n as i8),
             Some(0xfc) if events.len() % 2 == 0 => events.push(Event::Lost(direction)),
             Some(0xfc) => events.push(Event::Missed(direction)),
+            Some(0xfb) => dropped = true,
             Some(byte) => bytes.push(*byte),
         }
     }
@@ -177,6 +193,11 @@ fn any_order(options: Options, events: &[Event]) {
                 next[*direction] = seq.wrapping_add(segment.len() as u32);
                 bytes += segment.len();
             }
+            Event::Dropped(direction, offset, segment) => {
+                let seq = next[*direction].wrapping_add_signed(i32::from(*offset));
+                segment_in(&mut http, *direction, seq, segment);
+                bytes += segment.len();
+            }
             Event::Lost(INGRESS) => head::lose::<INGRESS>(&mut http),
             Event::Lost(_) => head::lose::<EGRESS>(&mut http),
             Event::Missed(INGRESS) => head::miss::<INGRESS>(&mut http),
@@ -186,6 +207,9 @@ fn any_order(options: Options, events: &[Event]) {
         if !events.iter().any(|event| matches!(event, Event::Missed(_))) {
             is_sane(&http.exchange, bytes, bytes);
         }
+        let mut end = http;
+        head::settle(&mut end, next[INGRESS], next[EGRESS]);
+        is_sane(&end.exchange, bytes, bytes);
     }
 }
 
@@ -254,20 +278,63 @@ fn pieces_of_a_stream(options: Options, events: &[Event]) {
                 continue;
             }
             let mut at = 0usize;
+            // What the programs saw need not be what TCP took.
+            let mut believed = true;
             for event in events {
-                let Event::Segment(d, offset, bytes) = event else { continue };
-                if *d != direction {
+                let (d, offset, bytes, dropped) = match event {
+                    Event::Segment(d, offset, bytes) => (d, offset, bytes, false),
+                    Event::Dropped(d, offset, bytes) => (d, offset, bytes, true),
+                    Event::Lost(_) | Event::Missed(_) => continue,
+                };
+                if *d != direction || dropped && direction == EGRESS {
                     continue;
                 }
                 let from = at.saturating_add_signed(isize::from(*offset)).min(stream.len());
                 let to = (from + bytes.len()).min(stream.len());
-                segment_in(&mut http, direction, from as u32, &stream[from..to]);
+                if dropped {
+                    receive(&mut http, from as u32, &bytes[..to - from], first_unseen(&seen));
+                    believed = false;
+                    continue;
+                }
+                if direction == INGRESS {
+                    receive(&mut http, from as u32, &stream[from..to], first_unseen(&seen));
+                } else {
+                    segment_in(&mut http, direction, from as u32, &stream[from..to]);
+                }
                 seen[from..to].fill(true);
                 at = to;
-                is_true(&http.exchange, options, request, &truth, &seen);
+                if believed {
+                    is_true(&http.exchange, options, request, &truth, &seen);
+                    let mut end = http;
+                    settle(&mut end, direction, first_unseen(&seen), streams[1 - direction].len() as u32);
+                    is_true(&end.exchange, options, request, &truth, &seen);
+                }
+            }
+            if direction == INGRESS {
+                // In the end all of it comes, in order, in small segments.
+                while (first_unseen(&seen) as usize) < stream.len() {
+                    let from = first_unseen(&seen) as usize;
+                    let to = (from + 7).min(stream.len());
+                    receive(&mut http, from as u32, &stream[from..to], from as u32);
+                    seen[from..to].fill(true);
+                }
+                let mut end = http;
+                settle(&mut end, direction, stream.len() as u32, streams[1 - direction].len() as u32);
+                is_true(&end.exchange, options, request, &truth, &seen);
             }
         }
     }
+}
+
+/// `rcv_nxt`, where `seen` is what TCP has.
+fn first_unseen(seen: &[bool]) -> u32 {
+    seen.iter().position(|seen| !seen).unwrap_or(seen.len()) as u32
+}
+
+/// [`head::settle`], with what was received of a direction and all of the other one.
+fn settle(http: &mut Http, direction: usize, end: u32, of_the_other: u32) {
+    let (received, acknowledged) = if direction == INGRESS { (end, of_the_other) } else { (of_the_other, end) };
+    head::settle(http, received, acknowledged);
 }
 
 fn sync(http: &mut Http, direction: usize) {

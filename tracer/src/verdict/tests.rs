@@ -35,6 +35,7 @@ fn socket() -> Socket {
         closed_by_exit: false,
         time_wait_room: Some(true),
         in_process: false,
+        shut_down: false,
         sk_err: 0,
         rx_bytes: 100,
         tx_bytes: 200,
@@ -213,10 +214,19 @@ mod endings {
         for (old, first) in [(TcpState::Established, ClosedBy::None), (TcpState::FinWait1, ClosedBy::Local)] {
             let unread = with(|s| {
                 (s.old, s.first_end, s.fin_received) = (old, first, false);
-                (s.sk_err, s.in_process) = (113, true);
+                (s.sk_err, s.in_process, s.shut_down) = (113, true, true);
             });
             assert_eq!(ending(&unread), ended(ClosedBy::Local, Some(How::Rst), Reset, State), "{old:?}");
         }
+    }
+
+    #[test]
+    fn a_timer_that_found_the_socket_locked_is_run_by_the_process_and_still_a_time_out() {
+        let given_up = with(|s| {
+            (s.old, s.first_end, s.fin_received) = (TcpState::Established, ClosedBy::None, false);
+            (s.sk_err, s.in_process) = (113, true);
+        });
+        assert_eq!(ending(&given_up), ended(ClosedBy::None, Some(How::Timeout), TimedOut, State));
     }
 
     #[test]

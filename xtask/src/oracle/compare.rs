@@ -113,6 +113,14 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
             }
         })
         .collect();
+    let idle_us = &record["idle_us"];
+    let fits = match (idle_us.as_u64(), connection.idle_us()) {
+        (Some(said), Some(seen)) => about(seen)[0] <= said && said <= about(seen)[2],
+        // A socket that had already ended need not have taken what the capture shows.
+        (None, Some(_)) => connection.was_reset() && rx_bytes == 0 && sent.stream.is_empty(),
+        (said, None) => said.is_none(),
+    };
+    comparison.check("idle_us", idle_us, fits, || json!(connection.idle_us()));
     compare_http(&mut comparison, record, connection, &readings);
     compare_cause(&mut comparison, record, connection, end, &readings);
 
@@ -133,7 +141,8 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
         let pid = &record["process"]["pid"];
         let fits = owners.iter().any(|owner| *pid == *owner);
         // A server need not even have accepted what was reset before it read from it.
-        if record["process"].is_null() && end == End::Server && connection.sent_by(End::Client).rst.is_some() {
+        let unread = connection.sent_by(End::Client).rst.is_some() && connection.sent_by(End::Server).stream.is_empty();
+        if record["process"].is_null() && end == End::Server && unread {
             comparison.unobserved += 1;
         } else {
             comparison.check("process", &record["process"], fits, || json!(owners));
@@ -198,7 +207,7 @@ fn closed_by(connection: &Connection, end: End) -> BTreeSet<&'static str> {
 }
 
 /// What is compared of the last exchange.
-const EXCHANGE: [&str; 10] = [
+const EXCHANGE: [&str; 12] = [
     "requests",
     "responses",
     "method",
@@ -209,6 +218,8 @@ const EXCHANGE: [&str; 10] = [
     "request_connection",
     "response_connection",
     "answered",
+    "keep_alive_timeout_s",
+    "keep_alive_max",
 ];
 
 fn compare_http(comparison: &mut Comparison, record: &Value, connection: &Connection, readings: &[Reading]) {
@@ -247,6 +258,13 @@ fn compare_http(comparison: &mut Comparison, record: &Value, connection: &Connec
     }
 }
 
+/// What tracer may say of a time: it and the capture look at their clocks one after the other, on a machine that has other
+/// things to do.
+fn about(us: u64) -> [u64; 3] {
+    const SLACK_US: u64 = 100_000;
+    [us.saturating_sub(SLACK_US), us, us + SLACK_US]
+}
+
 /// The cause follows from the other fields, by the rules of the contract: here from the packets' reading of them.
 fn compare_cause(comparison: &mut Comparison, record: &Value, connection: &Connection, end: End, readings: &[Reading]) {
     let mut causes = BTreeSet::new();
@@ -262,12 +280,14 @@ fn compare_cause(comparison: &mut Comparison, record: &Value, connection: &Conne
         causes.insert("process_exit");
     }
     // A RST may also come when all is over.
-    causes.extend(readings.iter().map(|reading| cause(reading, record)));
+    for idle_us in about(connection.idle_us().unwrap_or(0)) {
+        causes.extend(readings.iter().map(|reading| cause(reading, idle_us)));
+    }
     let unobserved = record["cause"] == "unknown" && comparison.unobserved != 0;
     comparison.check("cause", &record["cause"], unobserved || is_one_of(&causes, &record["cause"]), || json!(causes));
 }
 
-fn cause(reading: &Reading, record: &Value) -> &'static str {
+fn cause(reading: &Reading, idle_us: u64) -> &'static str {
     let http = &reading.http;
     let is = |field: &str, token: &str| {
         http[field].as_str().is_some_and(|tokens| tokens.split(", ").any(|one| one == token))
@@ -306,9 +326,7 @@ fn cause(reading: &Reading, record: &Value) -> &'static str {
     if reading.body == reader::Body::UntilClose || reading.garbage || reading.unfinished {
         return "unknown";
     }
-    // How long it was idle is tracer's own clock: the capture's runs beside it.
-    let idle = record["idle_us"].as_u64().unwrap_or(0);
-    let announced = record["http"]["keep_alive_timeout_s"].as_u64().unwrap_or(0) * 1_000_000;
-    let about = announced != 0 && idle.abs_diff(announced) <= (announced / 10).max(100_000);
-    if idle >= 1_000_000 || about { "idle_timeout" } else { "no_reuse" }
+    let announced = http["keep_alive_timeout_s"].as_u64().unwrap_or(0) * 1_000_000;
+    let about = announced != 0 && idle_us.abs_diff(announced) <= (announced / 10).max(100_000);
+    if idle_us >= 1_000_000 || about { "idle_timeout" } else { "no_reuse" }
 }

@@ -36,6 +36,8 @@ use crate::workspace;
 const FIRST_PORT: u16 = 20_000;
 /// What a whole run must reach.
 const WHOLE: u64 = 20_000;
+/// Of a hundred ends, at how many tracer may say that it does not know something.
+const UNOBSERVED_PERCENT: u64 = 2;
 /// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -89,6 +91,10 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     let total = table.total();
     if total.disagreements != 0 {
         bail!("{} disagreements", total.disagreements);
+    }
+    if let Some((server, row)) = table.rows.iter().find(|(_, row)| row.unobserved * 100 > row.ends * UNOBSERVED_PERCENT)
+    {
+        bail!("with {} tracer says of {} of {} ends that it does not know", server.name(), row.unobserved, row.ends);
     }
     if !quick && total.connections < WHOLE {
         bail!("only {} connections: a whole run makes {WHOLE}", total.connections);
@@ -209,6 +215,11 @@ impl Batch<'_> {
             }
             Ok(true)
         })?;
+        for (process, to, _) in &mut running {
+            if let Some(status) = process.child.try_wait()?.filter(|status| !status.success()) {
+                eprintln!("oracle: a client of {to} ended with {status}");
+            }
+        }
         for (process, to, out) in &running {
             // curl says from where it connected.
             for line in fs::read_to_string(out).unwrap_or_default().lines() {

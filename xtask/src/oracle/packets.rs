@@ -17,7 +17,8 @@ const RST: u16 = 1 << 2;
 const ACK: u16 = 1 << 4;
 
 /// The fields that `tshark` prints, in this order.
-const FIELDS: [&str; 10] = [
+const FIELDS: [&str; 11] = [
+    "frame.time_epoch",
     "ip.src",
     "ipv6.src",
     "ip.dst",
@@ -35,6 +36,8 @@ const MESSAGE_FIELDS: [&str; 4] = ["frame.number", "http.request.method", "http.
 /// One TCP segment.
 #[derive(Debug)]
 struct Segment {
+    /// When it was captured.
+    time_us: u64,
     from: SocketAddr,
     to: SocketAddr,
     flags: u16,
@@ -116,9 +119,17 @@ pub(crate) struct Connection {
     from_server: Half,
     /// The server answered the SYN.
     pub(crate) answered: bool,
+    /// The last new payload before the first FIN or RST, and that.
+    payload_us: Option<u64>,
+    ended_us: Option<u64>,
 }
 
 impl Connection {
+    /// From the last payload to the first FIN or RST.
+    pub(crate) fn idle_us(&self) -> Option<u64> {
+        Some(self.ended_us?.saturating_sub(self.payload_us?))
+    }
+
     pub(crate) const fn sent_by(&self, end: End) -> &Half {
         match end {
             End::Client => &self.from_client,
@@ -218,9 +229,14 @@ impl Connection {
         let offset = segment.seq.wrapping_sub(isn).wrapping_sub(u32::from(segment.flags & SYN == 0));
         half.messages.extend(segment.messages);
         let length = u32::try_from(segment.payload.len()).unwrap_or(u32::MAX);
-        if length != 0 {
-            half.take(offset, segment.payload);
+        let is_new = length != 0 && half.take(offset, segment.payload);
+        if is_new && self.ended_us.is_none() {
+            self.payload_us = Some(segment.time_us);
         }
+        if segment.flags & (FIN | RST) != 0 {
+            self.ended_us.get_or_insert(segment.time_us);
+        }
+        let half = self.half(from);
         let end = || EndSegment { at, offset: offset.wrapping_add(length), ack };
         if segment.flags & FIN != 0 && half.fin.is_none() {
             half.fin = Some(end());
@@ -243,8 +259,11 @@ impl Connection {
 }
 
 impl Half {
-    /// Adds payload to the stream.
-    fn take(&mut self, offset: u32, payload: Vec<u8>) {
+    /// Adds payload to the stream; answers whether it ends with a byte that had not come yet.
+    fn take(&mut self, offset: u32, payload: Vec<u8>) -> bool {
+        let end = |(offset, payload): &(u32, Vec<u8>)| *offset as usize + payload.len();
+        let known = self.early.iter().map(end).max().unwrap_or(0).max(self.stream.len());
+        let is_new = offset as usize + payload.len() > known;
         if offset as usize != self.stream.len() {
             self.disorder = true;
         }
@@ -258,6 +277,7 @@ impl Half {
                 self.boundaries.push(self.stream.len());
             }
         }
+        is_new
     }
 }
 
@@ -300,6 +320,8 @@ pub(crate) fn connections(capture: &Path, ports: RangeInclusive<u16>) -> Result<
                     from_client: Half::default(),
                     from_server: Half::default(),
                     answered: false,
+                    payload_us: None,
+                    ended_us: None,
                 });
             }
         }
@@ -339,14 +361,17 @@ fn tshark(capture: &Path, options: &[&str], fields: &[&str]) -> Result<String> {
 
 fn segment(line: &str) -> Result<Segment> {
     let columns: Vec<&str> = line.split('\t').collect();
-    let [ip4_from, ip6_from, ip4_to, ip6_to, port_from, port_to, flags, seq, ack, payload] = columns[..] else {
+    let [time, ip4_from, ip6_from, ip4_to, ip6_to, port_from, port_to, flags, seq, ack, payload] = columns[..] else {
         bail!("{} columns instead of {}", columns.len(), FIELDS.len());
     };
     let address = |ip4: &str, ip6: &str, port: &str| -> Result<SocketAddr> {
         let ip: IpAddr = if ip4.is_empty() { ip6 } else { ip4 }.parse()?;
         Ok(SocketAddr::new(ip, port.parse()?))
     };
+    let (seconds, fraction) = time.split_once('.').context("a time without a fraction")?;
+    let micros: u64 = fraction.get(..6).context("a time without microseconds")?.parse()?;
     Ok(Segment {
+        time_us: seconds.parse::<u64>()? * 1_000_000 + micros,
         from: address(ip4_from, ip6_from, port_from)?,
         to: address(ip4_to, ip6_to, port_to)?,
         flags: u16::from_str_radix(flags.trim_start_matches("0x"), 16)?,

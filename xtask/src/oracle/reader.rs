@@ -19,7 +19,15 @@ struct Head {
     connection: Option<String>,
     framing: Framing,
     upgrade: Option<String>,
+    keep_alive: KeepAlive,
     length: usize,
+}
+
+/// The parameters of `Keep-Alive`.
+#[derive(Clone, Copy, Debug, Default)]
+struct KeepAlive {
+    timeout: Option<u32>,
+    max: Option<u32>,
 }
 
 /// What the head says of its body, whatever the message is.
@@ -136,6 +144,8 @@ pub(crate) fn read(from_client: &[u8], from_server: &[u8]) -> Reading {
             },
             "response_connection": response.map(|response| tokens(&response.head)),
             "answered": answered,
+            "keep_alive_timeout_s": response.and_then(|response| response.head.keep_alive.timeout),
+            "keep_alive_max": response.and_then(|response| response.head.keep_alive.max),
         }),
         body: response.map_or(Body::Complete, |response| response.body),
         unfinished: rest == Rest::Body,
@@ -233,6 +243,20 @@ fn responses(mut bytes: &[u8], requests: &[Request]) -> (Vec<Response>, Rest) {
     }
 }
 
+fn keep_alive(values: impl Iterator<Item = String>) -> KeepAlive {
+    let mut parameters = KeepAlive::default();
+    for value in values {
+        for (name, number) in value.split(',').filter_map(|parameter| parameter.split_once('=')) {
+            match (name.trim(), number.trim().parse().ok()) {
+                ("timeout", Some(seconds)) => parameters.timeout = Some(seconds),
+                ("max", Some(requests)) => parameters.max = Some(requests),
+                _ => {}
+            }
+        }
+    }
+    parameters
+}
+
 fn head(version: u8, fields: &[Header<'_>], parsed: Status<usize>) -> Head {
     let values = |name: &str| {
         let name = name.to_owned();
@@ -253,6 +277,7 @@ fn head(version: u8, fields: &[Header<'_>], parsed: Status<usize>) -> Head {
         connection: whole.then(|| tokens(&values("connection").collect::<Vec<_>>())),
         framing,
         upgrade: values("upgrade").next().map(|value| value.trim().to_owned()),
+        keep_alive: keep_alive(values("keep-alive")),
         length: match parsed {
             Status::Complete(length) => length,
             Status::Partial => 0,
@@ -314,7 +339,7 @@ mod tests {
     fn framing_decides_what_is_a_head() {
         let reading = read(
             b"POST /a HTTP/1.1\r\nContent-Length: 21\r\n\r\nGET / HTTP/1.1\r\nA: b\r\nHEAD /b?c HTTP/1.1\r\nConnection: Keep-Alive, x\r\nconnection: close\r\n\r\n",
-            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nT: u\r\n\r\nHTTP/1.0 404 x\r\nContent-Length: 9\r\n\r\n",
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nT: u\r\n\r\nHTTP/1.0 404 x\r\nContent-Length: 9\r\nKeep-Alive: timeout=5, max=99\r\n\r\n",
         );
         assert_eq!(reading.protocol, "http/1.1");
         assert_eq!(
@@ -323,6 +348,7 @@ mod tests {
                 "requests": 2, "responses": 2, "method": "HEAD", "target": "/b", "status": 404,
                 "request_version": "1.1", "response_version": "1.0",
                 "request_connection": "close, keep-alive, other", "response_connection": "absent", "answered": true,
+                "keep_alive_timeout_s": 5, "keep_alive_max": 99,
             })
         );
     }
