@@ -140,8 +140,10 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
     if let Some(owners) = truth.owners.of(connection, end) {
         let pid = &record["process"]["pid"];
         let fits = owners.iter().any(|owner| *pid == *owner);
-        // A server need not even have accepted what was reset before it read from it.
-        let unread = connection.sent_by(End::Client).rst.is_some() && connection.sent_by(End::Server).stream.is_empty();
+        // A server need not even have accepted what was reset before it read from it, or have read from what sent nothing.
+        let client = connection.sent_by(End::Client);
+        let unread =
+            client.rst.is_some() && (client.stream.is_empty() || connection.sent_by(End::Server).stream.is_empty());
         if record["process"].is_null() && end == End::Server && unread {
             comparison.unobserved += 1;
         } else {

@@ -215,11 +215,6 @@ impl Batch<'_> {
             }
             Ok(true)
         })?;
-        for (process, to, _) in &mut running {
-            if let Some(status) = process.child.try_wait()?.filter(|status| !status.success()) {
-                eprintln!("oracle: a client of {to} ended with {status}");
-            }
-        }
         for (process, to, out) in &running {
             // curl says from where it connected.
             for line in fs::read_to_string(out).unwrap_or_default().lines() {
