@@ -654,21 +654,29 @@ pub unsafe fn step<const D: usize>(http: &mut Http, window: *const u64) -> bool 
     s.at < s.len && s.phase < phase::UNTIL_CLOSE && http.stopped == 0
 }
 
-/// A line of the head, if the stream is at one.
+/// The rest of a line that is passed over, a line of the head, and all lines of no interest behind it.
 #[inline(always)]
 fn lines<const D: usize>(http: &mut Http, window: *const u64) {
+    let here = Window::at::<D>(http, window);
+    let phase = stream(http, D).phase;
+    if matches!(phase, phase::REASON | phase::TRAILER_SKIP | phase::CHUNK_EXT) && here.reaches() {
+        let (n, found) = here.find::<true>();
+        advance(http, D, n);
+        if found {
+            end_line::<D>(http);
+        }
+    }
     let here = Window::at::<D>(http, window);
     if stream(http, D).phase == phase::LINE && here.reaches() {
         let used = line::<D>(http, &here);
         advance(http, D, used);
     }
     let here = Window::at::<D>(http, window);
-    let phase = stream(http, D).phase;
-    if matches!(phase, phase::SKIP | phase::REASON | phase::TRAILER_SKIP | phase::CHUNK_EXT) && here.reaches() {
-        let (n, found) = here.find::<true>();
+    if stream(http, D).phase == phase::SKIP && here.reaches() {
+        let (n, begins) = here.skip_lines(stream(http, D).kind == kind::REQUESTS);
         advance(http, D, n);
-        if found {
-            end_line::<D>(http);
+        if begins {
+            stream(http, D).phase = phase::LINE;
         }
     }
 }
@@ -763,6 +771,71 @@ impl Window {
         if n > left { (left, false) } else { (n, found) }
     }
 
+    /// Passes over the rest of a line and all lines behind it that are of no interest, as far as the window is filled: the
+    /// bytes that are passed, and whether they are followed by a line's first byte. It may stop at a line that is of no
+    /// interest either.
+    ///
+    /// Of interest are lines that begin with the first letter of a field that is read (in requests there are fewer of them), and
+    /// those that begin with white space, a control, or nothing.
+    #[inline(always)]
+    fn skip_lines(&self, requests: bool) -> (u32, bool) {
+        let (position, left) = (self.position, self.left);
+        if position == 0 && left == WINDOW as u32 && self.has_no_lf() {
+            return (left, false);
+        }
+        // `Connection`, `Content-Length`, `Transfer-Encoding`; in responses also `Keep-Alive` and `Upgrade`: those letters
+        // differ from the others in one bit.
+        let (case_c, c) = if requests { (ONES * 0x20, ONES * 0x63) } else { (ONES * 0x28, ONES * 0x6b) };
+        let (case_t, t) = if requests { (ONES * 0x20, ONES * 0x74) } else { (ONES * 0x21, ONES * 0x75) };
+        let end = position + u64::from(left);
+        // The first byte of a word begins a line.
+        let mut begins = 0;
+        let mut last = 0;
+        let mut stop = 0u64;
+        let mut found = 0;
+        macro_rules! words {
+            ($($i:literal)*) => { 'search: { $(
+                if $i * 8 + 8 > position {
+                    if $i * 8 >= end {
+                        break 'search;
+                    }
+                    // SAFETY: one of the 24 words.
+                    let word = unsafe { *self.words.add($i) };
+                    last = word;
+                    let mut lf = zero_bytes(word ^ (ONES * 10));
+                    if $i * 8 < position {
+                        // Bytes before the position are behind us.
+                        lf &= u64::MAX << ((position & 7) * 8);
+                    }
+                    let first_bytes = lf << 8 | begins;
+                    begins = lf >> 56;
+                    if first_bytes != 0 {
+                        let x = (word | case_c) ^ c;
+                        let y = (word | case_t) ^ t;
+                        let hit = (x.wrapping_sub(ONES) & !x | y.wrapping_sub(ONES) & !y) & (ONES * 0x80);
+                        stop = first_bytes & (hit | below(word, b' ' + 1));
+                        if stop != 0 {
+                            found = $i * 8;
+                            break 'search;
+                        }
+                    }
+                }
+            )* } };
+        }
+        words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
+        // Of the last word, nobody asks.
+        let _ = begins;
+        if stop != 0 {
+            found += u64::from(first(stop));
+            // What lies beyond the end is of an earlier window.
+            if found < end {
+                return (found.wrapping_sub(position) as u32, true);
+            }
+        }
+        let inside = end.wrapping_sub(1) & 7;
+        (left, (last >> (inside * 8)) as u8 == b'\n')
+    }
+
     /// Whether the whole window is ASCII without a LF (it may deny it wrongly).
     #[inline(always)]
     fn has_no_lf(&self) -> bool {
@@ -809,7 +882,14 @@ fn below(word: u64, limit: u8) -> u64 {
     word.wrapping_sub(ONES * u64::from(limit)) & !word & (ONES * 0x80)
 }
 
-/// The number of the byte that [`equal`] or [`below`] has found.
+/// 0x80 in each byte that is zero, and only there.
+#[inline(always)]
+fn zero_bytes(word: u64) -> u64 {
+    const LOW: u64 = ONES * 0x7f;
+    !((word & LOW).wrapping_add(LOW) | word | LOW)
+}
+
+/// The number of the first byte whose highest bit is set.
 #[inline(always)]
 fn first(hit: u64) -> u32 {
     // BPF has no instruction that counts zeros. The product's highest byte is the byte of the constant that the bit
@@ -1872,8 +1952,7 @@ fn end_line<const D: usize>(http: &mut Http) {
     match s.phase {
         phase::REASON => end_status_line(http, D),
         phase::TRAILER_SKIP => s.phase = phase::TRAILER,
-        phase::CHUNK_EXT => end_chunk_size(s),
-        _ => s.phase = phase::LINE,
+        _ => end_chunk_size(s),
     }
 }
 
