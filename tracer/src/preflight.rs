@@ -243,7 +243,7 @@ fn mounted(mountinfo: &str) -> Vec<PathBuf> {
 }
 
 /// Undoes the octal escapes of blanks in `mountinfo`.
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 
