@@ -192,7 +192,7 @@ pub fn explain(error: anyhow::Error) -> Refusal {
 
 /// Whether process ids here are the host's: the initial pid namespace has a fixed inode number
 /// (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
-fn in_initial_pid_namespace() -> bool {
+pub(crate) fn in_initial_pid_namespace() -> bool {
     fs::metadata("/proc/self/ns/pid").is_ok_and(|meta| meta.ino() == 0xEFFF_FFFC)
 }
 

@@ -224,6 +224,13 @@ pub fn take() -> Result<Snapshot> {
         let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
         gathered.degraded.push(format!("not seen: network namespace {first}{more}; run it as root"));
     }
+    if !preflight::in_initial_pid_namespace() {
+        gathered.degraded.push(
+            "not in the host's pid namespace: only the processes here are known, and the network namespaces that they are \
+             in; run tracer on the host (in a container: --pid=host)"
+                .to_owned(),
+        );
+    }
     if found.unreadable > 0 {
         gathered.degraded.push(format!(
             "{} processes could not be looked into: their sockets, and the namespaces that only they are in, are without \

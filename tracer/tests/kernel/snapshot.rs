@@ -17,8 +17,9 @@ type Key = (Option<u16>, IpAddr, Option<u16>);
 /// TIME_WAIT, FIN_WAIT2, CLOSE_WAIT, ESTABLISHED.
 type Counts = [u64; 4];
 
-const SERVER: u16 = 20_080;
-const OTHER: u16 = 20_081;
+// Of the namespaces alone, but outside what the tracers of other tests filter by.
+const SERVER: u16 = 10_080;
+const OTHER: u16 = 10_081;
 
 fn set(name: &str, value: &str) {
     fs::write(format!("/proc/sys/net/ipv4/{name}"), value).expect("we are root");
@@ -334,6 +335,15 @@ fn without_root_it_shows_its_own_namespace_and_says_what_is_missing() {
     let degraded = snapshot["degraded"].to_string();
     assert!(degraded.contains("not seen: network namespace") && degraded.contains("run it as root"), "{degraded}");
     assert!(stderr.contains("run it as root"), "{stderr}");
+}
+
+#[test]
+fn in_a_container_it_says_that_it_does_not_see_the_host() {
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--pid", "--fork", "--mount-proc"]).arg(tracer().get_program()).args(["snapshot", "--json"]);
+    let snapshot: Value = serde_json::from_str(&run(&mut unshare)).expect("JSON");
+    let degraded = snapshot["degraded"].to_string();
+    assert!(degraded.contains("pid namespace") && degraded.contains("--pid=host"), "{degraded}");
 }
 
 #[test]
