@@ -16,6 +16,7 @@ Examples:
   sudo tracer run --demo               the same, with something to see at once
   sudo tracer run --pid 1234           only that process and its descendants
   sudo tracer run --port 8080 --json   as JSON, one object a line
+  sudo tracer snapshot                 the sockets now, and which destinations run out of ports
 
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
@@ -69,6 +70,8 @@ impl From<Color> for anstream::ColorChoice {
 pub enum Command {
     /// Trace, and print one line for each connection that closes
     Run(Run),
+    /// Show the sockets in TIME_WAIT, FIN_WAIT2, CLOSE_WAIT and ESTABLISHED now, and which destinations run out of ports
+    Snapshot(Snapshot),
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -115,6 +118,14 @@ pub struct Run {
     /// Start a small HTTP server, and a client that sends "Connection: close" once a second, to have something to see
     #[arg(long)]
     pub demo: bool,
+}
+
+/// `tracer snapshot`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl Run {
@@ -238,6 +249,17 @@ mod tests {
         assert_eq!(run.duration, Some(Duration::from_secs(10)));
         assert_eq!(run.close_wait_after, Duration::from_secs(5));
         assert_eq!(run.filters(), ["--pid 1", "--pid 77", "--port 80", "--port 65535", "--comm nginx"]);
+    }
+
+    #[test]
+    fn snapshot() {
+        for (args, json) in [(&["tracer", "snapshot"][..], false), (&["tracer", "snapshot", "--json"], true)] {
+            match Cli::try_parse_from(args).expect("options").command {
+                Command::Snapshot(snapshot) => assert_eq!(snapshot.json, json),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(Cli::try_parse_from(["tracer", "snapshot", "extra"]).expect_err("refused").exit_code(), 2);
     }
 
     #[test]

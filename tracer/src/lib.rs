@@ -16,5 +16,6 @@ pub mod process;
 pub mod ring;
 pub mod run;
 pub mod sink;
+pub mod snapshot;
 pub mod time_wait;
 pub mod verdict;

@@ -10,7 +10,7 @@ use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, run};
+use tracer::{demo, descendants, run, snapshot};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -27,17 +27,25 @@ fn main() -> ExitCode {
 fn start(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(arguments) => trace(arguments, cli.color.into()),
+        Command::Snapshot(arguments) => {
+            log_to_stderr();
+            snapshot::run(arguments.json, styled(cli.color.into()))
+        }
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),
     }
 }
 
-fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
+fn log_to_stderr() {
     env_logger::Builder::new()
         .filter_level(log::LevelFilter::Warn)
         .parse_default_env()
         .format(|out, record| writeln!(out, "tracer: {}", record.args()))
         .init();
+}
+
+fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
+    log_to_stderr();
     // Before anything else, so that a mistyped number needs no privileges to be found.
     descendants::of(&arguments.pid).map_err(Refusal::no_such_process)?;
     let sink = if arguments.json { Sink::json() } else { Sink::text(styled(color)) };

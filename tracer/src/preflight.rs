@@ -192,7 +192,7 @@ pub fn explain(error: anyhow::Error) -> Refusal {
 
 /// Whether process ids here are the host's: the initial pid namespace has a fixed inode number
 /// (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
-fn in_initial_pid_namespace() -> bool {
+pub(crate) fn in_initial_pid_namespace() -> bool {
     fs::metadata("/proc/self/ns/pid").is_ok_and(|meta| meta.ino() == 0xEFFF_FFFC)
 }
 
@@ -243,7 +243,7 @@ fn mounted(mountinfo: &str) -> Vec<PathBuf> {
 }
 
 /// Undoes the octal escapes of blanks in `mountinfo`.
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 

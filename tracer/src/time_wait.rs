@@ -167,7 +167,11 @@ fn inode(path: &PathBuf) -> Option<u32> {
     u32::try_from(fs::metadata(path).ok()?.ino()).ok()
 }
 
-fn open() -> io::Result<Socket> {
+/// Opens a netlink socket that asks in the network namespace of the calling thread.
+///
+/// # Errors
+/// Those of the system calls.
+pub(crate) fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
@@ -177,14 +181,25 @@ fn open() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Opens a netlink socket in another namespace. A thread of its own enters it and ends: the others stay where they are.
+/// Opens a netlink socket in another namespace; this thread stays where it is.
 fn open_in(netns: u32, pid: Option<u32>) -> io::Result<Socket> {
     let file = find(netns, pid).ok_or_else(|| io::Error::other("no process and no name of it is left"))?;
+    inside(file, open)
+}
+
+/// Runs something in another namespace, in a thread of its own, which ends there.
+///
+/// # Errors
+/// It cannot be entered (without `CAP_SYS_ADMIN`: `EPERM`), or those of `work`.
+pub(crate) fn inside<T: Send + 'static>(
+    namespace: File,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     std::thread::Builder::new()
         .name("netns".to_owned())
         .spawn(move || {
-            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
-            open()
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            work()
         })?
         .join()
         .map_err(|_| io::Error::other("the thread that entered the namespace panicked"))?
@@ -236,7 +251,8 @@ fn cookie(cookie: u64) -> [u8; 8] {
     bytes
 }
 
-fn request(family: u8, states: StateFlags, socket_id: SocketId) -> SockDiagMessage {
+/// A question for sockets in these states; `family`: `AF_INET` or `AF_INET6`.
+pub(crate) fn request(family: u8, states: StateFlags, socket_id: SocketId) -> SockDiagMessage {
     let extensions = ExtensionFlags::empty();
     SockDiagMessage::InetRequest(InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id })
 }
@@ -249,6 +265,22 @@ fn round_trip<'a>(
     request: SockDiagMessage,
     buffer: &'a mut Vec<u8>,
 ) -> io::Result<&'a [u8]> {
+    send(socket, flags, sequence, request, buffer)?;
+    let received = socket.recv(&mut &mut buffer[..], 0)?;
+    Ok(buffer.get(..received).unwrap_or_default())
+}
+
+/// Sends a request; `buffer` holds it meanwhile, and grows if it must.
+///
+/// # Errors
+/// Those of the system call.
+pub(crate) fn send(
+    socket: &Socket,
+    flags: u16,
+    sequence: u32,
+    request: SockDiagMessage,
+    buffer: &mut Vec<u8>,
+) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     header.sequence_number = sequence;
@@ -259,17 +291,15 @@ fn round_trip<'a>(
         buffer.resize(length, 0);
     }
     message.serialize(&mut buffer[..length]);
-    socket.send(&buffer[..length], 0)?;
-    let received = socket.recv(&mut &mut buffer[..], 0)?;
-    Ok(buffer.get(..received).unwrap_or_default())
+    socket.send(&buffer[..length], 0).map(|_| ())
 }
 
-fn invalid(what: &str) -> io::Error {
+pub(crate) fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
 /// Offset of `idiag_expires` in a reply: behind `struct nlmsghdr` and the first members of `struct inet_diag_msg`.
-const EXPIRES_AT: usize = 16 + 4 + 48;
+pub(crate) const EXPIRES_AT: usize = 16 + 4 + 48;
 
 /// Reads a reply.
 ///

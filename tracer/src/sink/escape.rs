@@ -31,7 +31,7 @@ fn columns(c: char) -> Option<usize> {
 
 /// Appends `text`, escaped, as far as it fits into `max` columns. Answers the columns used, at most `max`; what does
 /// not fit is replaced by `…`.
-pub(super) fn fit(out: &mut String, text: &str, max: usize) -> usize {
+pub(crate) fn fit(out: &mut String, text: &str, max: usize) -> usize {
     // Nearly all text is this, and it is most of the work for a line.
     if text.len() <= max && text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         out.push_str(text);

@@ -5,7 +5,6 @@
 
 use std::io::{self, Write};
 
-use serde::Serialize as _;
 use serde_json::ser::{Formatter, Serializer};
 
 use super::escape::is_hostile;
@@ -24,10 +23,19 @@ impl Json {
     /// Those of `out`.
     pub fn event(&mut self, event: &Event, out: &mut dyn Write) -> io::Result<()> {
         self.line.clear();
-        event.serialize(&mut Serializer::with_formatter(&mut self.line, Harmless))?;
-        self.line.push(b'\n');
+        append(&mut self.line, event)?;
         out.write_all(&self.line)
     }
+}
+
+/// Appends any value as one line.
+///
+/// # Errors
+/// The value cannot be JSON.
+pub(crate) fn append(out: &mut Vec<u8>, value: &impl serde::Serialize) -> io::Result<()> {
+    value.serialize(&mut Serializer::with_formatter(&mut *out, Harmless))?;
+    out.push(b'\n');
+    Ok(())
 }
 
 /// Compact JSON without raw control characters.

@@ -3,7 +3,7 @@
 //! Sinks see events only, never wire types. What came from the network or from another process is escaped here, and only
 //! here, before it can reach a terminal. Each event goes out in one write.
 
-mod escape;
+pub(crate) mod escape;
 pub mod json;
 pub mod summary;
 pub mod text;

@@ -23,6 +23,7 @@ mod rig;
 mod scale;
 mod script;
 mod servers;
+mod snapshot;
 mod sockets;
 mod states;
 mod web;
