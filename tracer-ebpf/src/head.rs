@@ -448,7 +448,8 @@ pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
     if (unknown || unseen(stream(http, INGRESS), received)) && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, INGRESS);
     }
-    if unseen(stream(http, EGRESS), acknowledged) && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
+    let missed = stream(http, EGRESS).missed != 0 || unseen(stream(http, EGRESS), acknowledged);
+    if missed && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, EGRESS);
     }
 }
