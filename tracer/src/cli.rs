@@ -72,6 +72,13 @@ pub enum Command {
     Run(Run),
     /// Show the sockets in TIME_WAIT, FIN_WAIT2, CLOSE_WAIT and ESTABLISHED now, and which destinations run out of ports
     Snapshot(Snapshot),
+    /// The process that keeps what privileges are needed while tracing
+    #[command(hide = true)]
+    Broker {
+        /// As `tracer run --no-sandbox`
+        #[arg(long)]
+        no_sandbox: bool,
+    },
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -115,6 +122,9 @@ pub struct Run {
     /// Show the query string of targets, too; it may hold secrets
     #[arg(long)]
     pub full_target: bool,
+    /// Do without Landlock and seccomp; privileges are given up all the same
+    #[arg(long)]
+    pub no_sandbox: bool,
     /// Start a small HTTP server, and a client that sends "Connection: close" once a second, to have something to see
     #[arg(long)]
     pub demo: bool,

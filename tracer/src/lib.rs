@@ -2,6 +2,7 @@
 //!
 //! A library only so that tests can feed recorded bytes to the steps that need no root. Its API is not stable.
 
+pub mod broker;
 pub mod cli;
 pub mod connection;
 pub mod decode;
@@ -15,6 +16,7 @@ pub mod privileges;
 pub mod process;
 pub mod ring;
 pub mod run;
+pub mod sandbox;
 pub mod sink;
 pub mod snapshot;
 pub mod time_wait;

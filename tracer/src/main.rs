@@ -10,7 +10,7 @@ use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, run, snapshot};
+use tracer::{broker, demo, descendants, run, snapshot};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -31,6 +31,7 @@ fn start(cli: Cli) -> Result<()> {
             log_to_stderr();
             snapshot::run(arguments.json, styled(cli.color.into()))
         }
+        Command::Broker { no_sandbox } => broker::serve(!no_sandbox),
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),
     }
@@ -61,6 +62,8 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
             ring_bytes: arguments.ring_size,
         },
         duration: arguments.duration,
+        sandbox: !arguments.no_sandbox,
+        ends_children: arguments.demo,
         sink,
     };
     // Held until tracing has ended.

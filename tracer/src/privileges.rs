@@ -1,35 +1,67 @@
-//! What this process may still do once the programs are attached.
+//! What each of the two processes may still do once the programs are attached.
 //!
-//! Everything is read-only from here on, so what is only needed to load and attach is given up for good, and nothing new
-//! can be gained. Must be called before any thread is started: capabilities belong to threads.
+//! Everything is read-only from then on. The process that reads records gives up every capability; the broker keeps two, for
+//! what nobody else can do. Nothing can be gained again. To be called before any thread is started: capabilities belong to
+//! threads.
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// What is needed while tracing, and for what.
-const KEPT: [Capability; 4] = [
-    // Reading the programs' counters, on kernels before 5.19.
-    Capability::CAP_BPF,
-    // Entering a network namespace, to ask what is left of a connection there.
+/// What the broker needs, and for what.
+const BROKER: [Capability; 2] = [
+    // Entering a network namespace, to open a socket there that asks what is left of a connection.
     Capability::CAP_SYS_ADMIN,
     // `/proc/<pid>/exe` and `/proc/<pid>/ns/net` of other users' processes.
     Capability::CAP_SYS_PTRACE,
-    Capability::CAP_DAC_READ_SEARCH,
 ];
 
-/// Gives up every other capability, and the way to get it back.
+/// Gives up every capability, and the way to get one back. Before Linux 5.19 a process without `CAP_BPF` may not even read
+/// its own maps: it is kept where `works` fails without.
 ///
 /// # Errors
 /// The kernel refused, as it may not: nothing is gained by this.
-pub fn drop_unneeded() -> Result<()> {
-    let kept: CapsHashSet = KEPT.into_iter().collect();
+pub fn drop_all(works: impl FnOnce() -> bool) -> Result<()> {
+    let give_up = || -> Result<CapsHashSet, caps::errors::CapsError> {
+        lower_bound()?;
+        let permitted = caps::read(None, CapSet::Permitted)?;
+        caps::clear(None, CapSet::Effective)?;
+        if works() {
+            return Ok(CapsHashSet::new());
+        }
+        // Either one will do.
+        let needed = [Capability::CAP_BPF, Capability::CAP_SYS_ADMIN];
+        Ok(needed.into_iter().find(|needed| permitted.contains(needed)).into_iter().collect())
+    };
+    let kept = give_up().context("cannot give up capabilities")?;
+    keep(&kept)
+}
+
+/// Gives up what the broker does not need, and the way to get it back.
+///
+/// # Errors
+/// As [`drop_all`].
+pub fn keep_for_broker() -> Result<()> {
+    keep(&BROKER.into_iter().collect())
+}
+
+/// What a program that is started could have at most. It takes `CAP_SETPCAP`; without that, `no_new_privs` does.
+fn lower_bound() -> Result<(), caps::errors::CapsError> {
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        caps::clear(None, CapSet::Bounding)?;
+    }
+    Ok(())
+}
+
+fn keep(kept: &CapsHashSet) -> Result<()> {
     let drop = || -> Result<(), caps::errors::CapsError> {
         caps::clear(None, CapSet::Ambient)?;
-        for set in [CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
-            let have = caps::read(None, set)?;
-            caps::set(None, set, &have.intersection(&kept).copied().collect())?;
-        }
-        Ok(())
+        lower_bound()?;
+        caps::clear(None, CapSet::Inheritable)?;
+        let permitted: CapsHashSet = caps::read(None, CapSet::Permitted)?.intersection(kept).copied().collect();
+        // The effective ones must be permitted at all times.
+        caps::clear(None, CapSet::Effective)?;
+        caps::set(None, CapSet::Permitted, &permitted)?;
+        caps::set(None, CapSet::Effective, &permitted)
     };
     drop().context("cannot give up capabilities")?;
     rustix::thread::set_no_new_privs(true).context("cannot set no_new_privs")

@@ -10,26 +10,32 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use rustix::fs::{CWD, Mode, OFlags, openat, readlinkat};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use tracer_ebpf::TICK_NS;
 
+use crate::broker::Broker;
 use crate::decode::Task;
 use crate::event::Process;
 
+const PROC: &str = "/proc";
 /// Processes that are kept.
 const CACHED: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// How long what was read is believed: a process may call `execve` and keep its name, or be moved to another cgroup.
 const BELIEVED: Duration = Duration::from_secs(1);
 /// Bytes of a file in `/proc` that are read; a longer `cgroup` is not a cgroup's.
-const MAX_FILE: usize = 16 << 10;
+pub(crate) const MAX_FILE: usize = 16 << 10;
 
 /// Knows processes.
 pub struct Processes {
     proc: PathBuf,
+    /// Looks into `proc`, if this process may not itself.
+    broker: Option<Arc<Broker>>,
     /// By process id and start time.
     cache: LruCache<(u32, u64), Cached>,
     /// [`BELIEVED`]
@@ -38,7 +44,7 @@ pub struct Processes {
     own: Option<(u32, u64)>,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Details {
     exe: Option<String>,
     cgroup: Option<String>,
@@ -61,14 +67,19 @@ impl Default for Processes {
 impl Processes {
     /// Knows none yet.
     pub fn new() -> Self {
-        Self::at(Path::new("/proc"))
+        Self::at(Path::new(PROC))
+    }
+
+    /// The same, looking through the broker's eyes.
+    pub fn by(broker: Arc<Broker>) -> Self {
+        Self { broker: Some(broker), ..Self::new() }
     }
 
     /// With another directory for `/proc`.
     fn at(proc: &Path) -> Self {
         let own = std::fs::read("/proc/self/stat").ok().and_then(|stat| start_ticks(&stat));
         let own = own.map(|start| (std::process::id(), start));
-        Self { proc: proc.to_owned(), cache: LruCache::new(CACHED), believed: BELIEVED, own }
+        Self { proc: proc.to_owned(), broker: None, cache: LruCache::new(CACHED), believed: BELIEVED, own }
     }
 
     /// Whether it is this process, which owns no connection: but its walk over the open files at the start holds each of
@@ -100,7 +111,7 @@ impl Processes {
         {
             return cached.details.clone();
         }
-        let read = read(&self.proc, task);
+        let read = self.broker.as_ref().map_or_else(|| read(&self.proc, task), |broker| broker.process(task));
         if read.is_gone
             && let Some(cached) = self.cache.get_mut(&key)
         {
@@ -118,8 +129,8 @@ impl Processes {
 }
 
 /// What `/proc` said.
-#[derive(Default)]
-struct Read {
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Read {
     details: Details,
     /// The process no longer exists, or has given up most of what it had: what was read before says more.
     is_gone: bool,
@@ -132,6 +143,16 @@ impl Read {
         let details = Details { exe: None, cgroup: None, container: None };
         Self { details, is_gone: true, is_final: true }
     }
+
+    #[cfg(test)]
+    pub(crate) const fn of(exe: Option<String>, cgroup: Option<String>) -> Self {
+        Self { details: Details { exe, cgroup, container: None }, is_gone: false, is_final: true }
+    }
+}
+
+/// Reads what there is of a process in the real `/proc`.
+pub(crate) fn read_of(task: &Task) -> Read {
+    read(Path::new(PROC), task)
 }
 
 fn read(proc: &Path, task: &Task) -> Read {

@@ -6,6 +6,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -15,6 +16,7 @@ use tokio::io::Interest;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::broker::Broker;
 use crate::connection::Connections;
 use crate::decode::decode;
 use crate::event::{Event, Lost, Start};
@@ -23,6 +25,7 @@ use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
 use crate::ring::{Ring, watch};
+use crate::sandbox::{self, Part};
 use crate::sink::Sink;
 use crate::sink::summary::{Missed, Summarizer};
 use crate::time_wait::SockDiag;
@@ -35,6 +38,10 @@ pub struct Options {
     pub filters: Vec<String>,
     /// End by itself after this time.
     pub duration: Option<Duration>,
+    /// Whether the two processes are confined, see [`sandbox`].
+    pub sandbox: bool,
+    /// Processes that were started will be ended here.
+    pub ends_children: bool,
     /// How to print.
     pub sink: Sink,
 }
@@ -57,19 +64,21 @@ pub fn run(options: Options) -> Result<()> {
     for missing in &host.degraded {
         warn!("{missing}");
     }
+    // Before anything is opened that it could hold.
+    let broker = Arc::new(Broker::start(options.sandbox)?);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
-    runtime.block_on(trace(options, host))
+    runtime.block_on(trace(options, host, broker))
 }
 
-async fn trace(options: Options, host: preflight::Host) -> Result<()> {
+async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> Result<()> {
     // Handlers first: a signal during the start must end it like any other.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
-    privileges::drop_unneeded()?;
+    privileges::drop_all(|| kernel.counters().is_ok())?;
     let began = Instant::now();
     let mut ring = Ring::new(ring, looks_until)?;
     let mut programs_log = watch(log, Interest::READABLE)?;
@@ -78,7 +87,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut sock_diag = SockDiag::new()?;
+    let mut sock_diag = SockDiag::by(Arc::clone(&broker))?;
     if let Err(error) = sock_diag.probe() {
         let missing = format!(
             "sock_diag for TCP does not answer ({error}): what is left of a connection whose peer has not closed its end \
@@ -87,8 +96,13 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states);
+    let mut connections = Connections::new(Processes::by(broker), sock_diag, options.ask.states);
 
+    let time_wait = time_wait_sockets();
+    // Last before the first thread, and before the first record is read: from here on no file can be opened.
+    if options.sandbox {
+        sandbox::confine(Part::Reader { ends_children: options.ends_children })?;
+    }
     let (queue, batches) = mpsc::channel::<Vec<Event>>(QUEUE);
     let writer = Writer::start(options.sink, batches, began)?;
     let start = Event::Start(Start {
@@ -98,7 +112,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         filters: options.filters,
         hooks: kernel.hooks.clone(),
-        time_wait: time_wait_sockets(),
+        time_wait,
         degraded,
     });
     let mut losses = Losses { missed: Missed::default(), since: Timestamp::now() };

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -21,6 +22,8 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, Stat
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::broker::Broker;
 
 /// One socket that has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +71,8 @@ pub struct SockDiag {
     own: u32,
     /// Netlink sockets by namespace; `None`: it could not be entered.
     sockets: HashMap<u32, Option<Socket>>,
+    /// Opens them, if this process may not itself.
+    broker: Option<Arc<Broker>>,
     sequence: u32,
     buffer: Vec<u8>,
     /// The kernel answers such questions at all.
@@ -80,9 +85,16 @@ impl SockDiag {
     /// # Errors
     /// The own namespace is not known: `/proc` is not mounted.
     pub fn new() -> io::Result<Self> {
-        let own = inode(&PathBuf::from("/proc/self/ns/net"))
-            .ok_or_else(|| io::Error::other("cannot read /proc/self/ns/net: is /proc mounted?"))?;
-        Ok(Self { own, sockets: HashMap::new(), sequence: 0, buffer: vec![0; 4096], answers: true })
+        let own = own_namespace()?;
+        Ok(Self { own, sockets: HashMap::new(), broker: None, sequence: 0, buffer: vec![0; 4096], answers: true })
+    }
+
+    /// The same, with sockets that the broker opens.
+    ///
+    /// # Errors
+    /// As [`SockDiag::new`].
+    pub fn by(broker: Arc<Broker>) -> io::Result<Self> {
+        Ok(Self { broker: Some(broker), ..Self::new()? })
     }
 
     /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each. If
@@ -120,7 +132,11 @@ impl SockDiag {
             if self.sockets.len() >= NAMESPACES {
                 self.release(|_| false);
             }
-            let socket = if question.netns == self.own { open() } else { open_in(question.netns, question.pid) };
+            let (netns, pid) = (question.netns, question.pid);
+            let socket = match &self.broker {
+                Some(broker) => broker.netlink(netns, pid),
+                None => open_for(self.own, netns, pid),
+            };
             if let Err(error) = &socket {
                 log::debug!("network namespace {}: {error}", question.netns);
             }
@@ -179,6 +195,17 @@ pub(crate) fn open() -> io::Result<Socket> {
     let timeout = Some(Duration::from_millis(200));
     rustix::net::sockopt::set_socket_timeout(socket.as_fd(), rustix::net::sockopt::Timeout::Recv, timeout)?;
     Ok(socket)
+}
+
+/// The network namespace of this process.
+pub(crate) fn own_namespace() -> io::Result<u32> {
+    inode(&PathBuf::from("/proc/self/ns/net"))
+        .ok_or_else(|| io::Error::other("cannot read /proc/self/ns/net: is /proc mounted?"))
+}
+
+/// Opens a netlink socket in a namespace; `own` is the one that this thread is in, and stays in.
+pub(crate) fn open_for(own: u32, netns: u32, pid: Option<u32>) -> io::Result<Socket> {
+    if netns == own { open() } else { open_in(netns, pid) }
 }
 
 /// Opens a netlink socket in another namespace; this thread stays where it is.

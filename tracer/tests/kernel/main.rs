@@ -18,6 +18,7 @@ mod older;
 mod owners;
 mod peer;
 mod pid;
+mod privileges;
 mod readers;
 mod rig;
 mod scale;

@@ -186,7 +186,12 @@ impl Tracer {
     /// Starts `tracer run --json ARGS…` and waits until it traces.
     #[track_caller]
     pub(crate) fn start<A: AsRef<str>>(args: &[A]) -> Self {
-        let mut command = tracer();
+        Self::start_by(tracer(), args)
+    }
+
+    /// The same, with a command that is tracer, or becomes it.
+    #[track_caller]
+    pub(crate) fn start_by<A: AsRef<str>>(mut command: Command, args: &[A]) -> Self {
         command.args(["run", "--json"]).args(args.iter().map(AsRef::as_ref));
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("tracer starts");
         let shared = Arc::new(Shared::default());
@@ -226,6 +231,11 @@ impl Tracer {
     /// Sends a signal to the process.
     pub(crate) fn signal(&self, signal: Signal) {
         self.process.signal(signal);
+    }
+
+    /// What it said on stderr so far.
+    pub(crate) fn stderr(&self) -> String {
+        self.shared.lock().stderr.clone()
     }
 
     /// The events so far.

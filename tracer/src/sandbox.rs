@@ -1,0 +1,350 @@
+//! Confinement: what each of the two processes may still ask of the kernel once it is at work.
+//!
+//! What comes in: which process it is. What goes out: nothing but the restriction, which can never be lifted. Landlock
+//! takes all files, ports, signals and abstract sockets from the process that reads records; a seccomp allow-list takes
+//! from both whatever system call they do not make. A call that is not on the list fails with `EPERM`, and the kernel logs
+//! it (audit, `type=1326`): a tool that watches production must say that something failed, not vanish. Must be called
+//! before any thread is started, for both belong to threads.
+//!
+//! The broker has no Landlock: a process in a Landlock domain may not look at one outside of it (the kernel counts
+//! `/proc/<pid>/exe` and `ns/net` as `ptrace`), whatever capabilities it has. Nothing could be named.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use anyhow::{Context as _, Result};
+use landlock::{ABI, Access as _, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr as _, Scope};
+use log::debug;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+
+/// Which process is to be confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The one that reads records and prints them.
+    Reader {
+        /// It ends processes that it has started (`--demo`).
+        ends_children: bool,
+    },
+    /// See [`crate::broker`].
+    Broker,
+}
+
+/// What this kernel offers, and which of it is in force for the calling thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Support {
+    /// The version of Landlock's interface, 1 or more; `None`: the kernel has none, or it was not enabled at boot.
+    pub landlock: Option<u32>,
+    /// Filters of system calls, with `EPERM` as an answer.
+    pub seccomp: bool,
+}
+
+/// Finds out what confinement is possible. Changes nothing.
+pub fn support() -> Support {
+    /// `include/uapi/linux/landlock.h`
+    const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel answers a number; it reads and writes no memory.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0usize,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    let action = libc::SECCOMP_RET_ERRNO;
+    // SAFETY: the kernel reads one number, which outlives the call.
+    let seccomp = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0u32, std::ptr::from_ref::<u32>(&action))
+    };
+    Support { landlock: u32::try_from(abi).ok().filter(|abi| *abi > 0), seccomp: seccomp == 0 }
+}
+
+/// Confines the calling thread and all that it starts, for good, as far as this kernel can.
+///
+/// # Errors
+/// The kernel refused although it has what it takes.
+pub fn confine(part: Part) -> Result<()> {
+    let support = support();
+    debug!("{support:?}");
+    if let Part::Reader { ends_children } = part
+        && support.landlock.is_some()
+    {
+        landlock(ends_children).context("Landlock refused; --no-sandbox does without")?;
+    }
+    if support.seccomp {
+        seccomp(part).context("seccomp refused; --no-sandbox does without")?;
+    }
+    Ok(())
+}
+
+/// No files, no ports, and no signals or abstract sockets beyond this process: a list of rights, and nothing that has them.
+fn landlock(ends_children: bool) -> Result<()> {
+    // Older kernels leave out what they do not know.
+    let abi = ABI::V7;
+    let scopes = if ends_children { BitFlags::from(Scope::AbstractUnixSocket) } else { Scope::from_all(abi) };
+    Ruleset::default()
+        .handle_access(AccessFs::from_all(abi))?
+        .handle_access(AccessNet::from_all(abi))?
+        .scope(scopes)?
+        .create()?
+        .restrict_self()?;
+    Ok(())
+}
+
+/// By system call: any of the rules allows it; without one it is allowed whatever its arguments.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn seccomp(part: Part) -> Result<()> {
+    // The flags of clone3 lie in memory, where no filter sees them. Where it does not exist, libraries take clone.
+    let clone3: Rules = [(libc::SYS_clone3, Vec::new())].into();
+    install(&compile(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))?)?;
+    install(&compile(allowed(part)?, SeccompAction::Errno(libc::EPERM.cast_unsigned()), SeccompAction::Allow)?)
+}
+
+fn compile(rules: Rules, otherwise: SeccompAction, listed: SeccompAction) -> Result<BpfProgram> {
+    let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
+    Ok(SeccompFilter::new(rules, otherwise, listed, architecture)?.try_into()?)
+}
+
+/// Not seccompiler's own, which does not ask for a log.
+fn install(program: &BpfProgram) -> Result<()> {
+    let program = libc::sock_fprog {
+        len: program.len().try_into().context("the filter is too long")?,
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: the kernel copies the program, whose instructions have the layout of `struct sock_filter` and outlive the
+    // call, and writes nothing.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_LOG,
+            std::ptr::from_ref(&program),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error().into()) }
+}
+
+/// `include/uapi/linux/bpf.h`: what is done with maps and the walk over sockets while tracing.
+const BPF_COMMANDS: [u64; 3] = [
+    1,  // BPF_MAP_LOOKUP_ELEM
+    2,  // BPF_MAP_UPDATE_ELEM
+    33, // BPF_ITER_CREATE
+];
+
+/// What both do: read, write and talk over what is open, memory, threads, time, their end.
+const BOTH: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_lseek,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_set_robust_list,
+    libc::SYS_set_tid_address,
+    libc::SYS_rseq,
+    libc::SYS_futex,
+    libc::SYS_membarrier,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_getrandom,
+    libc::SYS_uname,
+    libc::SYS_ppoll,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    // Answered with ENOSYS by a filter of its own.
+    libc::SYS_clone3,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+];
+
+/// What only the reader does: wait for many things, end its output, and know of its children's end.
+const READER: &[i64] = &[
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    libc::SYS_shutdown,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_ftruncate,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
+];
+
+/// What only the broker does: look into directories and links.
+const BROKER: &[i64] = &[
+    libc::SYS_getdents64,
+    libc::SYS_readlinkat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_bind,
+    libc::SYS_connect,
+];
+
+fn allowed(part: Part) -> Result<Rules> {
+    let own = match part {
+        Part::Reader { .. } => READER,
+        Part::Broker => BROKER,
+    };
+    let mut rules: Rules = BOTH.iter().chain(own).map(|call| (*call, Vec::new())).collect();
+    let mut only = |call: i64, conditions: Vec<SeccompCondition>| -> Result<()> {
+        rules.entry(call).or_default().push(SeccompRule::new(conditions)?);
+        Ok(())
+    };
+    // Memory, but none that can be executed.
+    let none_of = |argument, bits: libc::c_int| -> Result<SeccompCondition> {
+        let bits = u64::from(bits.cast_unsigned());
+        Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(bits), 0)?)
+    };
+    let is = |argument, value: u64| -> Result<SeccompCondition> {
+        Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?)
+    };
+    only(libc::SYS_mmap, vec![none_of(2, libc::PROT_EXEC)?])?;
+    only(libc::SYS_mprotect, vec![none_of(2, libc::PROT_EXEC)?])?;
+    // Threads, but no processes.
+    let thread = u64::from(libc::CLONE_THREAD.cast_unsigned());
+    let is_thread = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(thread), thread)?;
+    only(libc::SYS_clone, vec![is_thread])?;
+    // A name for a thread, or for the memory of an allocator.
+    for option in [libc::PR_SET_NAME, libc::PR_SET_VMA] {
+        only(libc::SYS_prctl, vec![is(0, u64::from(option.cast_unsigned()))?])?;
+    }
+    // Its own limits, to be read.
+    only(libc::SYS_prlimit64, vec![SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?])?;
+    // What `abort` does.
+    only(libc::SYS_tgkill, vec![is(0, std::process::id().into())?])?;
+    match part {
+        Part::Reader { ends_children } => {
+            for command in BPF_COMMANDS {
+                only(libc::SYS_bpf, vec![is(0, command)?])?;
+            }
+            // Whether it is a terminal. The type of libc's own constant depends on the library.
+            only(libc::SYS_ioctl, vec![is(1, 0x5401 /* TCGETS */)?])?;
+            if ends_children {
+                only(libc::SYS_kill, vec![is(1, u64::from(libc::SIGKILL.cast_unsigned()))?])?;
+            }
+        }
+        Part::Broker => {
+            let writes = libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC;
+            only(libc::SYS_openat, vec![none_of(2, writes)?])?;
+            only(libc::SYS_setns, vec![is(1, u64::from(libc::CLONE_NEWNET.cast_unsigned()))?])?;
+            only(libc::SYS_socket, vec![is(0, u64::from(libc::AF_NETLINK.cast_unsigned()))?])?;
+        }
+    }
+    Ok(rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `attempt` in a thread that is confined, which nothing can be undone of.
+    fn confined<T: Send + 'static>(part: Part, attempt: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).expect("the kernel has it");
+            confine(part).expect("the kernel has it");
+            attempt()
+        });
+        thread.join().expect("it does not panic")
+    }
+
+    const READER: Part = Part::Reader { ends_children: false };
+
+    fn errno<T>(result: io::Result<T>) -> Option<i32> {
+        result.err().and_then(|error| error.raw_os_error())
+    }
+
+    #[test]
+    fn this_kernel_has_what_it_takes() {
+        let Support { landlock, seccomp } = support();
+        assert!(seccomp && landlock.is_none_or(|abi| abi >= 1));
+    }
+
+    #[test]
+    fn the_reader_opens_nothing_connects_nowhere_and_starts_nothing() {
+        let (file, socket, process, thread) = confined(READER, || {
+            let file = errno(std::fs::File::open("/dev/null"));
+            let socket = errno(std::net::TcpListener::bind(("127.0.0.1", 0)));
+            let process = errno(std::process::Command::new("true").spawn());
+            let thread = std::thread::spawn(|| 7).join().expect("threads are allowed");
+            (file, socket, process, thread)
+        });
+        let no = Some(libc::EPERM);
+        assert_eq!((file, socket, process, thread), (no, no, no, 7));
+    }
+
+    #[test]
+    fn landlock_alone_keeps_files_from_the_reader() {
+        if support().landlock.is_none() {
+            return;
+        }
+        let opened = std::thread::spawn(|| {
+            rustix::thread::set_no_new_privs(true).expect("the kernel has it");
+            landlock(false).expect("the kernel has it");
+            (errno(std::fs::File::open("/proc/self/stat")), errno(std::fs::File::open("/dev/null")))
+        });
+        assert_eq!(opened.join().expect("it does not panic"), (Some(libc::EACCES), Some(libc::EACCES)));
+    }
+
+    #[test]
+    fn the_broker_reads_and_never_writes() {
+        let (read, written, other) = confined(Part::Broker, || {
+            let read = rustix::fs::readlink("/proc/self/exe", Vec::new()).is_ok();
+            let written = errno(std::fs::OpenOptions::new().write(true).open("/dev/null"));
+            let other = errno(std::net::TcpListener::bind(("127.0.0.1", 0)));
+            (read, written, other)
+        });
+        assert_eq!((read, written, other), (true, Some(libc::EPERM), Some(libc::EPERM)));
+    }
+
+    #[test]
+    fn no_memory_becomes_code() {
+        let executable = confined(READER, || {
+            let (read, run) = (rustix::mm::ProtFlags::READ, rustix::mm::ProtFlags::EXEC);
+            let private = rustix::mm::MapFlags::PRIVATE;
+            let map = |protection| {
+                // SAFETY: a new mapping, at an address that the kernel chooses; nothing is done with it.
+                unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), 4096, protection, private) }.is_ok()
+            };
+            (map(read), map(read | run))
+        });
+        assert_eq!(executable, (true, false));
+    }
+
+    #[test]
+    fn every_part_compiles_for_this_architecture() {
+        for part in [READER, Part::Reader { ends_children: true }, Part::Broker] {
+            let rules = allowed(part).expect("they are well-formed");
+            compile(rules, SeccompAction::Errno(1), SeccompAction::Allow).expect("it compiles");
+        }
+    }
+}

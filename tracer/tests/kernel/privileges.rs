@@ -1,0 +1,205 @@
+//! What tracer may still do while it traces, and that its answers are no worse for it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::names::Cgroup;
+use crate::rig::{Listener, Namespace, Pair, Tracer, expect, get, ok, tracer, wait_until};
+use crate::script::Script;
+
+/// `/proc/<pid>/status` of each thread of a process: the fields that are of interest.
+fn threads(pid: u32) -> Vec<(String, Value)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
+    let status = |task: std::io::Result<fs::DirEntry>| {
+        let status = fs::read_to_string(task.expect("it can be read").path().join("status")).expect("it runs");
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
+        };
+        let sets: BTreeSet<String> = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(field).into();
+        (field("Name:"), json!({ "sets": sets, "nnp": field("NoNewPrivs:"), "seccomp": field("Seccomp:") }))
+    };
+    tasks.map(status).collect()
+}
+
+/// The process that looks into `/proc` for a tracer.
+fn broker_of(tracer: &Tracer) -> u32 {
+    let pid = tracer.pid();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("it runs");
+    children.trim().parse().expect("one child")
+}
+
+/// Capabilities as a mask of that many digits.
+const NONE: &str = "0000000000000000";
+/// `CAP_SYS_ADMIN` and `CAP_SYS_PTRACE`.
+const TWO: &str = "0000000000280000";
+
+#[test]
+fn every_thread_has_given_up_what_it_does_not_need() {
+    for (option, seccomp) in [(None, "2"), (Some("--no-sandbox"), "0")] {
+        let listener = Listener::new();
+        let port = listener.port.to_string();
+        let arguments: Vec<&str> = ["--port", &port].into_iter().chain(option).collect();
+        let tracer = Tracer::start(&arguments);
+        // The second one writes.
+        let of_tracer = threads(tracer.pid());
+        assert!(of_tracer.len() > 1, "{of_tracer:#?}");
+        for (name, status) in of_tracer {
+            // Before Linux 5.19 CAP_BPF is needed to read one's own maps.
+            let sets = if has_free_maps() { json!([NONE]) } else { status["sets"].clone() };
+            assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
+        }
+        for (name, status) in threads(broker_of(&tracer)) {
+            assert_eq!(status, json!({ "sets": [NONE, TWO], "nnp": "1", "seccomp": seccomp }), "{name}");
+        }
+        tracer.stop();
+    }
+}
+
+fn has_free_maps() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("it can be read");
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(5), Some(19))
+}
+
+/// Nobody, with these capabilities and no others: `setpriv` and a copy of the binary that nobody can reach.
+fn nobody_with(capabilities: &str, directory: &Path) -> Command {
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    let binary = directory.join("tracer");
+    fs::copy(tracer().get_program(), &binary).expect("it can be copied");
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    for set in ["inh-caps", "ambient-caps", "bounding-set"] {
+        command.arg(format!("--{set}=-all,{capabilities}"));
+    }
+    command.arg(binary);
+    command
+}
+
+/// Whatever is harder to know: the executable and the container of another user's process that connects, and what is left of
+/// a half-closed connection in another network namespace.
+fn names_everything(of: &str, command: Command) {
+    let id = format!("{:064x}", u128::from(std::process::id()) << 64 | u128::from(of.len() as u64) << 32 | 0xfeed);
+    let cgroup = Cgroup::new(&format!("docker-{id}.scope"));
+    let procs = cgroup.0.join("cgroup.procs").display().to_string();
+    let namespace = Namespace::new(of);
+    let inode = namespace.inode();
+    let listener = namespace.enter(Listener::new);
+    let tracer = Tracer::start_by(command, &["--port", &listener.port.to_string()]);
+
+    let script = format!(
+        "open('{procs}', 'w').write('0')\nos.setgid(33)\nos.setuid(33)\nconnection = connect()\n\
+         connection.sendall(REQUEST)\nread(connection, len(RESPONSE))\nconnection.close()\nhear()"
+    );
+    let mut client = namespace.enter(|| Script::start(listener.port, &script));
+    let (server, port) = listener.accept();
+    let mut pair = Pair { client: server.try_clone().expect("it is open"), server, server_port: 0, client_port: port };
+    crate::script::read_request(&mut pair.server);
+    std::io::Write::write_all(&mut pair.server, crate::script::RESPONSE).expect("it is open");
+    // The script closes first, and its socket is half-closed until we close, long after it has ended as a socket.
+    crate::rig::end_of(&mut pair.server);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    drop(pair);
+    let close = tracer.wait_for_close(port, listener.port);
+    let exe = fs::read_link(format!("/proc/{}/exe", client.pid())).expect("it runs");
+    expect(
+        &close,
+        &json!({
+            "netns": inode, "closed_by": "local", "final": "time_wait", "final_source": "sock_diag",
+            "process": {
+                "pid": client.pid(), "uid": 33, "exe": exe.to_string_lossy(), "container": id[..12],
+            },
+        }),
+    );
+    client.tell("end");
+    client.ends();
+    let run = tracer.stop();
+    assert_eq!(run.events[0]["degraded"], json!([]), "{:#}", run.events[0]);
+}
+
+#[test]
+fn confined_it_names_as_much() {
+    names_everything("confined", tracer());
+}
+
+#[test]
+fn five_capabilities_are_enough() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let capabilities = "+bpf,+perfmon,+net_admin,+sys_admin,+sys_ptrace";
+    names_everything("five", nobody_with(capabilities, directory.path()));
+}
+
+#[test]
+fn three_capabilities_are_enough_for_all_but_names() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let command = nobody_with("+bpf,+perfmon,+net_admin", directory.path());
+    let listener = Listener::new();
+    let tracer = Tracer::start_by(command, &["--port", &listener.port.to_string()]);
+    let mut pair = listener.connect();
+    pair.request(get("Connection: close\r\n"));
+    pair.respond(ok(""));
+    let (server, client) = pair.server_closes_first();
+    let close = tracer.wait_for_close(server, client);
+    expect(
+        &close,
+        &json!({
+            "closed_by": "local", "final": "time_wait", "cause": "request_close",
+            // What everybody may read is there.
+            "process": { "pid": std::process::id(), "exe": null },
+        }),
+    );
+    assert!(close["process"]["cgroup"].is_string(), "{close:#}");
+    let run = tracer.stop();
+    let degraded = run.events[0]["degraded"].to_string();
+    for missing in ["CAP_SYS_ADMIN", "CAP_SYS_PTRACE"] {
+        assert!(degraded.contains(missing), "{degraded}");
+    }
+}
+
+#[test]
+fn without_its_broker_it_goes_on() {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let broker = broker_of(&tracer);
+    kill_process(Pid::from_raw(broker.cast_signed()).expect("a process id"), Signal::KILL).expect("it runs");
+    for _ in 0..2 {
+        let mut pair = listener.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        let (server, client) = pair.server_closes_first();
+        let close = tracer.wait_for_close(server, client);
+        let process = json!({ "pid": std::process::id(), "exe": null, "cgroup": null });
+        expect(&close, &json!({ "final": "time_wait", "cause": "request_close", "process": process }));
+    }
+    wait_until("a warning", || tracer.stderr().contains("does not answer"));
+    assert_eq!(tracer.stderr().matches("does not answer").count(), 1, "said once: {}", tracer.stderr());
+    tracer.stop();
+}
+
+#[test]
+fn the_broker_ends_with_tracer() {
+    for signal in [Signal::INT, Signal::KILL] {
+        let listener = Listener::new();
+        let tracer = Tracer::on_port(listener.port);
+        let broker = broker_of(&tracer);
+        // A service manager tells all; it must not go before tracer does.
+        kill_process(Pid::from_raw(broker.cast_signed()).expect("a process id"), Signal::TERM).expect("it runs");
+        assert_eq!(broker_of(&tracer), broker);
+        if signal == Signal::INT {
+            tracer.stop();
+        } else {
+            drop(tracer);
+        }
+        wait_until("the broker to go", || {
+            let stat = fs::read_to_string(format!("/proc/{broker}/stat")).unwrap_or_default();
+            // Whose child it was, an init that collects nobody.
+            stat.is_empty() || stat.contains(") Z ")
+        });
+    }
+}
