@@ -328,7 +328,11 @@ fn http(exchange: &head::Exchange) -> Option<Http> {
         requests: exchange.requests,
         responses: exchange.responses,
         method: request.then(|| text(&exchange.method, exchange.method_len)),
-        target: request.then(|| text(&exchange.target, exchange.target_len)),
+        target: request.then(|| {
+            let target = text(&exchange.target, exchange.target_len);
+            // `CONNECT`, padded: only that has an authority without a scheme.
+            without_userinfo(target, exchange.method.starts_with(b"CONNECT\0"), has(bit::TARGET_TRUNCATED))
+        }),
         target_truncated: request && has(bit::TARGET_TRUNCATED),
         status: response.then_some(exchange.status),
         request_version: version(exchange.request_version).filter(|_| request),
@@ -340,6 +344,31 @@ fn http(exchange: &head::Exchange) -> Option<Http> {
         // Counts alone do not tell: the head of one more request may have begun, which is not counted yet.
         answered: response && exchange.responses > 0 && exchange.responses >= exchange.requests,
     })
+}
+
+/// Takes the user information out of a target's authority: `http://user:password@host/path`, `user:password@host:443`. It
+/// has no place there (RFC 9110, section 4.2.4), and is a credential where it is sent all the same. An authority whose end
+/// was cut off (`truncated`) may be nothing but user information, so it is left out.
+fn without_userinfo(target: String, connect: bool, truncated: bool) -> String {
+    // Nearly all targets are of this form: an absolute path has no authority.
+    if target.starts_with('/') {
+        return target;
+    }
+    let from = match target.find("://") {
+        Some(at) => at + 3,
+        None if connect => 0,
+        None => return target,
+    };
+    let rest = &target[from..];
+    let end = rest.find(['/', '?', '#']);
+    let authority = &rest[..end.unwrap_or(rest.len())];
+    let keep = match authority.rfind('@') {
+        // A password may hold that sign.
+        _ if truncated && end.is_none() => authority.len(),
+        Some(at) => at + 1,
+        None => return target,
+    };
+    format!("{}{}", &target[..from], &rest[keep..])
 }
 
 const fn version(version: u8) -> Option<&'static str> {
@@ -367,4 +396,32 @@ fn connection(tokens: u8, head: bool, lost: bool) -> Option<Connection> {
         upgrade: has(token::UPGRADE),
         other: has(token::OTHER),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_shows_no_user_information() {
+        let cases = [
+            ("/path@x", false, "/path@x"),
+            ("*", false, "*"),
+            ("host:443", false, "host:443"),
+            ("user:word@host:443", false, "host:443"),
+            ("http://host/a@b", false, "http://host/a@b"),
+            ("http://user:word@host/path", false, "http://host/path"),
+            ("http://user:w@rd@host/p@th", false, "http://host/p@th"),
+            ("http://user:word@host?a@b", false, "http://host?a@b"),
+            ("http://user:a very long wo", true, "http://"),
+            ("user:a very long wo", true, ""),
+            ("http://user:wo@rd", true, "http://"),
+            ("http://host/a very long", true, "http://host/a very long"),
+            ("", false, ""),
+        ];
+        for (target, truncated, shown) in cases {
+            assert_eq!(without_userinfo(target.to_owned(), !target.contains("//"), truncated), shown, "{target}");
+        }
+        assert_eq!(without_userinfo("neither@of both".to_owned(), false, true), "neither@of both");
+    }
 }

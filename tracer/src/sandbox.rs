@@ -143,7 +143,6 @@ const BOTH: &[i64] = &[
     libc::SYS_close,
     libc::SYS_fcntl,
     libc::SYS_fstat,
-    libc::SYS_lseek,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
     libc::SYS_recvfrom,
@@ -193,6 +192,7 @@ const READER: &[i64] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_epoll_wait,
     libc::SYS_shutdown,
+    libc::SYS_lseek,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_ftruncate,
@@ -200,7 +200,7 @@ const READER: &[i64] = &[
     libc::SYS_waitid,
 ];
 
-/// What only the broker does: look into directories and links.
+/// What only the broker does: look into directories and links. It cannot seek: `/proc/<pid>/mem` has nothing where it begins.
 const BROKER: &[i64] = &[
     libc::SYS_getdents64,
     libc::SYS_readlinkat,

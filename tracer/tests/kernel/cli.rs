@@ -118,7 +118,7 @@ fn a_closed_stdout_is_success() {
 }
 
 /// What may appear on a terminal: printable characters and line ends, nothing that moves, colours or reorders.
-fn is_harmless(text: &str) -> bool {
+pub(crate) fn is_harmless(text: &str) -> bool {
     let reorders = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars().all(|c| c == '\n' || !(c.is_control() || reorders(c)))
 }

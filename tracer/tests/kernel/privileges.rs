@@ -131,8 +131,15 @@ fn confined_it_names_as_much() {
 #[test]
 fn five_capabilities_are_enough() {
     let directory = tempfile::tempdir().expect("a directory");
-    let capabilities = "+bpf,+perfmon,+net_admin,+sys_admin,+sys_ptrace";
-    names_everything("five", nobody_with(capabilities, directory.path()));
+    // As the unit has it.
+    let unit = include_str!("../../../packaging/tracer.service");
+    let given = |name| unit.lines().find_map(|line| line.strip_prefix(name)).expect("the unit names them");
+    let capabilities = given("AmbientCapabilities=");
+    assert_eq!(given("CapabilityBoundingSet="), capabilities);
+    let words = capabilities.split(' ').map(|word| word.trim_start_matches("CAP_").to_lowercase());
+    let capabilities = words.map(|word| format!("+{word}")).collect::<Vec<_>>().join(",");
+    assert_eq!(capabilities.matches('+').count(), 5, "{capabilities}");
+    names_everything("five", nobody_with(&capabilities, directory.path()));
 }
 
 #[test]
