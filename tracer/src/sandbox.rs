@@ -10,7 +10,7 @@
 //! `/proc/<pid>/exe` and `ns/net` as `ptrace`), whatever capabilities it has. Nothing could be named.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::{fmt, io};
 
 use anyhow::{Context as _, Result};
 use landlock::{ABI, Access as _, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr as _, Scope};
@@ -31,13 +31,25 @@ pub enum Part {
     Broker,
 }
 
-/// What this kernel offers, and which of it is in force for the calling thread.
+/// What this kernel offers; displayed, it also says how to mend what is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Support {
     /// The version of Landlock's interface, 1 or more; `None`: the kernel has none, or it was not enabled at boot.
     pub landlock: Option<u32>,
     /// Filters of system calls, with `EPERM` as an answer.
     pub seccomp: bool,
+}
+
+impl fmt::Display for Support {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.landlock {
+            Some(abi) => write!(f, "Landlock (interface {abi}), ")?,
+            None => {
+                f.write_str("no Landlock (Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and landlock in lsm= at boot), ")?
+            }
+        }
+        f.write_str(if self.seccomp { "seccomp" } else { "no seccomp (CONFIG_SECCOMP_FILTER)" })
+    }
 }
 
 /// Finds out what confinement is possible. Changes nothing.
@@ -67,7 +79,7 @@ pub fn support() -> Support {
 /// The kernel refused although it has what it takes.
 pub fn confine(part: Part) -> Result<()> {
     let support = support();
-    debug!("{support:?}");
+    debug!("confinement: {support}");
     if let Part::Reader { ends_children } = part
         && support.landlock.is_some()
     {
@@ -287,6 +299,7 @@ mod tests {
     fn this_kernel_has_what_it_takes() {
         let Support { landlock, seccomp } = support();
         assert!(seccomp && landlock.is_none_or(|abi| abi >= 1));
+        assert_eq!(Support { landlock: Some(7), seccomp }.to_string(), "Landlock (interface 7), seccomp");
     }
 
     #[test]
@@ -316,14 +329,17 @@ mod tests {
     }
 
     #[test]
-    fn the_broker_reads_and_never_writes() {
-        let (read, written, other) = confined(Part::Broker, || {
+    fn the_broker_reads_but_cannot_seek_and_never_writes() {
+        let (read, written, sought, other) = confined(Part::Broker, || {
+            let memory = std::fs::File::open("/proc/self/mem");
+            let sought = errno(memory.and_then(|mut file| io::Seek::seek(&mut file, io::SeekFrom::Start(4096))));
             let read = rustix::fs::readlink("/proc/self/exe", Vec::new()).is_ok();
             let written = errno(std::fs::OpenOptions::new().write(true).open("/dev/null"));
             let other = errno(std::net::TcpListener::bind(("127.0.0.1", 0)));
-            (read, written, other)
+            (read, written, sought, other)
         });
-        assert_eq!((read, written, other), (true, Some(libc::EPERM), Some(libc::EPERM)));
+        let no = Some(libc::EPERM);
+        assert_eq!((read, written, sought, other), (true, no, no, no));
     }
 
     #[test]
