@@ -240,6 +240,8 @@ pub fn serve(confined: bool) -> Result<()> {
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
     std::fs::write("/proc/self/comm", "tracer-broker")?;
+    // It works little, and a process may be gone before its turn comes. Where that is not allowed it is no harm.
+    let _ = rustix::process::setpriority_process(None, -10);
     privileges::keep_for_broker()?;
     let own = time_wait::own_namespace()?;
     if confined {
