@@ -488,6 +488,10 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
         http.exchange.protocol = protocol::UNDECIDED;
     }
     lose_direction(http, INGRESS);
+    if stream(http, INGRESS).kind == kind::RESPONSES {
+        // A response head that was seen stays known otherwise. This one may be what was dropped.
+        http.exchange.response_connection = 0;
+    }
 }
 
 /// Whether nothing that a segment holds can change anything: its direction is lost, or the rest of the connection is body or
