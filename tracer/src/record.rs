@@ -5,13 +5,16 @@
 //! other: what a killed run has written can be read. The last event says that the run ended; without it something is missing.
 //!
 //! The reader takes any bytes: it never panics, checks each length before it allocates, and gives out nothing that its
-//! checksum does not cover. Writing fails once, and then for good: it must never hold up or end the tracing.
+//! checksum does not cover. Files are written by a thread of their own, behind a bounded queue. What fails, or does not keep
+//! up, ends the recording: it must never hold up or end the tracing.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -25,7 +28,7 @@ use crate::event::{
 use crate::sink::summary::Missed;
 
 /// The version that is written, and the newest that can be read. It changes with everything that an older reader would
-/// misunderstand: a field or a variant of what [`Entry`] holds, and their order.
+/// misunderstand: a field or a variant of what an event holds, and their order.
 pub const VERSION: u32 = 1;
 /// How old an event gets, at most, before it is in the file.
 pub const FLUSH_AFTER: Duration = Duration::from_millis(500);
@@ -38,6 +41,8 @@ const HEADER: usize = MAGIC.len() + 8;
 const FRAME_HEADER: usize = 12;
 /// A block is written once it holds so many bytes of events.
 const BLOCK: usize = 256 << 10;
+/// Frames that may wait for the disk: half a minute's, or very many events.
+const QUEUE: usize = 64;
 /// No block may hold more.
 const BLOCK_MAX: usize = 1 << 20;
 
@@ -243,11 +248,15 @@ impl<W: Write> Recorder<W> {
     ///
     /// # Errors
     /// Those of `out`.
-    pub fn end(mut self, end: &End) -> io::Result<W> {
+    pub fn end(&mut self, end: &End) -> io::Result<()> {
         self.entry(&EntryRef::End(end))?;
         self.flush()?;
-        self.out.flush()?;
-        Ok(self.out)
+        self.out.flush()
+    }
+
+    /// What was written to.
+    pub fn into_inner(self) -> W {
+        self.out
     }
 }
 
@@ -296,17 +305,65 @@ pub fn create_private(path: &Path, overwrite: bool) -> io::Result<File> {
     }
 }
 
+/// A file that is written by a thread of its own: a disk that stalls must not hold up who writes.
+#[derive(Debug)]
+struct Behind {
+    /// Both are `None` once the thread has been waited for.
+    queue: Option<SyncSender<Vec<u8>>>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Behind {
+    fn start(mut file: File) -> io::Result<Self> {
+        let (queue, frames) = sync_channel::<Vec<u8>>(QUEUE);
+        let thread = std::thread::Builder::new()
+            .name("recorder".to_owned())
+            .spawn(move || frames.into_iter().try_for_each(|frame| file.write_all(&frame)))?;
+        Ok(Self { queue: Some(queue), thread: Some(thread) })
+    }
+
+    /// Waits until all is written.
+    fn finish(&mut self) -> io::Result<()> {
+        self.queue = None;
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        thread.join().map_err(|_| io::Error::other("the recorder panicked"))?
+    }
+}
+
+impl Write for Behind {
+    /// Takes all or nothing.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(queue) = &self.queue else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        match queue.try_send(bytes.to_vec()) {
+            Ok(()) => Ok(bytes.len()),
+            // The thread is stuck in a write, and is left there.
+            Err(TrySendError::Full(_)) => Err(io::Error::other("the disk does not keep up")),
+            Err(TrySendError::Disconnected(_)) => Err(self.finish().err().unwrap_or(io::ErrorKind::BrokenPipe.into())),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.finish()
+    }
+}
+
 /// The recording of a run: what fails is said once, and ends the recording only.
 #[derive(Debug)]
 pub struct Recording {
-    /// `None` once it has failed.
-    recorder: Option<Recorder<File>>,
     path: PathBuf,
-    begun: bool,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// The file is there, and nothing in it.
+    Made(File),
+    Recording(Recorder<Behind>),
+    Failed,
 }
 
 impl Recording {
-    /// Makes the file.
+    /// Makes the file. No thread is started before there is something to record.
     ///
     /// # Errors
     /// It exists, or cannot be made.
@@ -315,15 +372,11 @@ impl Recording {
         // SAFETY: no handler is set.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         let file = create_private(&target.path, target.overwrite)?;
-        let mut recording = Self { recorder: None, path: target.path.clone(), begun: false };
-        // If this fails the file is removed again.
-        recording.recorder = Some(Recorder::new(file)?);
-        Ok(recording)
+        Ok(Self { path: target.path.clone(), stage: Stage::Made(file) })
     }
 
     /// Records a batch of events. What waits is written when it is old enough; with an empty batch, in any case.
     pub fn events(&mut self, events: &[Event]) {
-        self.begun = true;
         self.attempt(|recorder| {
             for event in events {
                 recorder.event(event)?;
@@ -335,38 +388,31 @@ impl Recording {
     /// Ends it; answers whether all is recorded.
     #[must_use]
     pub fn end(mut self, end: &End) -> bool {
-        let Some(recorder) = self.recorder.take() else { return false };
-        self.begun = true;
-        match recorder.end(end) {
-            Ok(_) => true,
-            Err(error) => {
-                self.say(&error);
-                false
-            }
-        }
+        self.attempt(|recorder| recorder.end(end));
+        !matches!(self.stage, Stage::Failed)
     }
 
-    fn attempt(&mut self, write: impl FnOnce(&mut Recorder<File>) -> io::Result<()>) {
-        if let Some(recorder) = &mut self.recorder
-            && let Err(error) = write(recorder)
-        {
-            self.recorder = None;
-            self.say(&error);
+    fn attempt(&mut self, write: impl FnOnce(&mut Recorder<Behind>) -> io::Result<()>) {
+        let written = match std::mem::replace(&mut self.stage, Stage::Failed) {
+            Stage::Failed => return,
+            Stage::Made(file) => Behind::start(file).and_then(Recorder::new),
+            Stage::Recording(recorder) => Ok(recorder),
         }
-    }
-
-    fn say(&self, error: &io::Error) {
-        warn!(
-            "cannot write to {} ({error}): the recording ends here, and is incomplete; tracing goes on",
-            self.path.display()
-        );
+        .and_then(|mut recorder| write(&mut recorder).map(|()| recorder));
+        match written {
+            Ok(recorder) => self.stage = Stage::Recording(recorder),
+            Err(error) => warn!(
+                "cannot write to {} ({error}): the recording ends here, and is incomplete; tracing goes on",
+                self.path.display()
+            ),
+        }
     }
 }
 
 impl Drop for Recording {
     fn drop(&mut self) {
         // The run did not start: no file is left that looks like a recording of it.
-        if !self.begun {
+        if matches!(self.stage, Stage::Made(_)) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -408,8 +454,8 @@ impl std::fmt::Display for Unreadable {
             ),
             Self::Unfinished { at } => write!(
                 f,
-                "the recording stops at byte {at} without its end: its run still goes on, was killed, or the file was cut \
-                 short; everything before is reported"
+                "the recording stops at byte {at} without its end: its run still goes on, was killed or had no room, or the \
+                 file was cut short; everything before is reported"
             ),
             Self::Damaged { at, what } => write!(
                 f,
@@ -564,4 +610,40 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     let mut word = [0; 4];
     word.copy_from_slice(&bytes[at..at + 4]);
     u32::from_le_bytes(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    /// A pipe that nobody reads stands for it.
+    #[test]
+    fn a_disk_that_stalls_ends_the_recording_only() {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        let mut behind = Behind::start(File::from(OwnedFd::from(writer))).expect("a thread");
+        let begun = Instant::now();
+        // More than a pipe takes by itself.
+        let frame = vec![0; 1 << 20];
+        let failed = (0..QUEUE + 2).find_map(|_| behind.write_all(&frame).err()).expect("it is full");
+        assert_eq!(failed.to_string(), "the disk does not keep up");
+        assert!(begun.elapsed() < Duration::from_secs(10), "nobody waited for the disk");
+        // The thread ends when its write does.
+        drop(reader);
+        assert_eq!(behind.finish().expect_err("nobody reads").kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn what_the_disk_says_is_told() {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        drop(reader);
+        let mut behind = Behind::start(File::from(OwnedFd::from(writer))).expect("a thread");
+        let failed = (0..1_000).find_map(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            behind.write_all(b"frame").err()
+        });
+        assert_eq!(failed.expect("it failed").kind(), io::ErrorKind::BrokenPipe);
+        assert!(behind.write_all(b"frame").is_err(), "for good");
+    }
 }

@@ -331,8 +331,8 @@ impl Writer {
             }
             Err(_) => {
                 let code = if records { preflight::exit::INCOMPLETE } else { preflight::exit::SUCCESS };
-                let too = if records { ", and the recording incomplete" } else { "" };
-                warn!("stdout was not read for {} s: the rest is dropped{too}", GRACE.as_secs());
+                let nor = if records { ", or the recording not written," } else { "" };
+                warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
                 // The writer is stuck in a write; nothing else is left to be done.
                 std::process::exit(code.into());
             }

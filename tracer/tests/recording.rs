@@ -189,7 +189,12 @@ fn record(events: &[Event]) -> Vec<u8> {
         recorder.event(event).expect("memory");
         recorder.flush().expect("memory");
     }
-    recorder.end(&end()).expect("memory")
+    ended(recorder)
+}
+
+fn ended(mut recorder: Recorder<Vec<u8>>) -> Vec<u8> {
+    recorder.end(&end()).expect("memory");
+    recorder.into_inner()
 }
 
 /// What can be read, as JSON, and how it ended.
@@ -395,7 +400,7 @@ fn an_event_is_in_the_file_when_it_is_due() {
         frames
     };
     // One for both events, one for the end.
-    assert_eq!(frames_of(&recorder.end(&end()).expect("memory")), 2);
+    assert_eq!(frames_of(&ended(recorder)), 2);
 }
 
 /// Runs `tracer report`, in UTC.
@@ -531,7 +536,7 @@ fn a_closed_stdout_is_no_error() {
     let events: Vec<Event> = (0..20_000).map(|n| Event::Close(Box::new(close(n)))).collect();
     let mut recorder = Recorder::new(Vec::new()).expect("memory");
     events.iter().for_each(|event| recorder.event(event).expect("memory"));
-    let file = kept.put("a.rec", &recorder.end(&end()).expect("memory"));
+    let file = kept.put("a.rec", &ended(recorder));
     let mut command = Command::new(env!("CARGO_BIN_EXE_tracer"));
     let mut child = command.args(["report", &file]).stdout(Stdio::piped()).spawn().expect("it starts");
     drop(child.stdout.take());
@@ -617,6 +622,29 @@ fn nothing_foreign_gets_into_a_page_as_it_is() {
     assert!(page.contains(r"\u{202e}") && page.contains(r"it is \u{202e}&lt;b&gt;cut&lt;/b&gt;"));
     assert!(!page.chars().any(|c| c.is_control() && c != '\n'), "no raw control");
     assert!(!page.contains(['\u{202e}', '\u{2066}']), "no raw bidi control");
+}
+
+/// However long the recording, and whatever is in it.
+#[test]
+fn a_page_stays_below_five_megabytes() {
+    let long = "<'\u{202e}\"&>".repeat(40);
+    let events: Vec<Event> = (0..30_000)
+        .map(|n| {
+            let mut close = close(n);
+            close.time = at(n as i64 * 7_000_000);
+            close.remote.set_ip(std::net::Ipv6Addr::from(u128::from(n) << 64 | 0x2001).into());
+            let mut foreign = process(n as u32, "x");
+            long.clone_into(&mut foreign.comm);
+            (close.process, close.closer) = (Some(foreign.clone()), Some(foreign));
+            let http = close.http.as_mut().expect("HTTP");
+            (http.method, http.target) = (Some(long.clone()), Some(long.clone()));
+            Event::Close(Box::new(close))
+        })
+        .collect();
+    let page = page_of(&events);
+    assert!((3_900_000..5_000_000).contains(&page.len()), "{}", page.len());
+    assert!(page.contains("of 30,000; all are in the figures above"));
+    assert!(page.matches("<g><title>").count() <= 240, "two charts of bounded length");
 }
 
 /// What a browser does before it runs a script, so that one that was changed and a policy that was not are found.

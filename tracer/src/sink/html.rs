@@ -1,6 +1,6 @@
 //! Events in, one HTML page out: to be attached to an incident, and read years later without anything beside it.
 //!
-//! Everything that grows with the recording is bounded: time in at most [`BUCKETS`] buckets, whose width doubles; so many
+//! Everything that grows with the recording is bounded: time in so many buckets, whose width doubles; so many
 //! processes, peers and rows. The page loads nothing, and is complete without its few lines of script, which only search.
 //! All that came from the network or from a process is escaped as for a terminal, and then for HTML; should that ever fail,
 //! the page's own policy forbids every script but that one.
@@ -27,7 +27,7 @@ const ROW_BYTES: usize = 4_000_000;
 const PART: usize = 200;
 const PART_END: &str = "</table></div>\n";
 /// The parts are to look like one table. "Why" and "Request" take what is left.
-const COLUMN_WIDTHS: &str = "<colgroup><col style=width:13.6em><col style=width:10.5em><col style=width:16em>\
+const COLUMN_WIDTHS: &str = "<colgroup><col style=width:15em><col style=width:10.5em><col style=width:16em>\
     <col style=width:5.2em><col style=width:6.4em><col style=width:9em><col><col><col style=width:5.5em></colgroup>\n";
 /// Buckets of time.
 const BUCKETS: usize = 120;
@@ -584,7 +584,7 @@ impl Page {
         }
         out.push_str(
             "<h2>Why they closed, and what to do</h2>\n<div class=wide><table><tr><th>Cause<th class=n>Closes\
-             <th class=n>TIME_WAIT<th>It means<th>What to do<th>Most of them\n",
+             <th class=n>TIME_WAIT<th>It means<th>What to do<th>Largest group\n",
         );
         for (rank, at) in ranks.iter().enumerate() {
             let cause = CAUSES[*at];
