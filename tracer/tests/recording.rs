@@ -239,7 +239,7 @@ fn what_is_recorded_is_read() {
 }
 
 /// The bytes of version 1. If this fails, old recordings are no longer read, or read wrongly: give the format a new version,
-/// and keep the reader of this one.
+/// and keep the reader of this one. (`TRACER_WRITE_GOLDEN=1` writes the file anew: only before a version is released.)
 #[test]
 fn version_1_is_read_for_good() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1.rec");
