@@ -250,8 +250,7 @@ impl<W: Write> Recorder<W> {
     /// Those of `out`.
     pub fn end(&mut self, end: &End) -> io::Result<()> {
         self.entry(&EntryRef::End(end))?;
-        self.flush()?;
-        self.out.flush()
+        self.flush()
     }
 
     /// What was written to.
@@ -342,8 +341,9 @@ impl Write for Behind {
         }
     }
 
+    /// Nothing to do: who wants to know when all is written calls [`Self::finish`].
     fn flush(&mut self) -> io::Result<()> {
-        self.finish()
+        Ok(())
     }
 }
 
@@ -385,10 +385,15 @@ impl Recording {
         });
     }
 
-    /// Ends it; answers whether all is recorded.
-    #[must_use]
-    pub fn end(mut self, end: &End) -> bool {
+    /// Records that the run ended.
+    pub fn end(&mut self, end: &End) {
         self.attempt(|recorder| recorder.end(end));
+    }
+
+    /// Waits until all is written; answers whether it is.
+    #[must_use]
+    pub fn finish(mut self) -> bool {
+        self.attempt(|recorder| recorder.out.finish());
         !matches!(self.stage, Stage::Failed)
     }
 

@@ -259,7 +259,7 @@ fn time_wait_sockets() -> Option<u64> {
 struct Writer {
     thread: std::thread::JoinHandle<Written>,
     began: Instant,
-    /// What is recorded, for messages.
+    /// Whether it is recorded, too.
     records: bool,
 }
 
@@ -305,19 +305,19 @@ impl Writer {
             // Fails only where stdout has failed, which is said below; it is still recorded.
             let unsent = queue.blocking_send(rest).err().map(|unsent| unsent.0);
             drop(queue);
-            let Written { summary, mut sink, recording, printed } =
+            let Written { summary, mut sink, mut recording, printed } =
                 thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
             let (time, ran) = (Timestamp::now(), began.elapsed());
-            let recorded = recording.is_none_or(|mut recording| {
-                if let Some(unsent) = unsent {
-                    recording.events(&unsent);
-                }
-                recording.end(&record::End { time, ran, missed })
-            });
+            if let Some(recording) = &mut recording {
+                recording.events(&unsent.unwrap_or_default());
+                recording.end(&record::End { time, ran, missed });
+            }
             let printed = printed.and_then(|()| {
                 let summary = Event::Summary(summary.finish(time, ran, missed));
                 write(&mut sink, &[summary], &mut Summarizer::new())
             });
+            // Last, as the disk may not answer.
+            let recorded = recording.is_none_or(Recording::finish);
             Ok::<_, io::Error>((recorded, printed))
         });
         match tokio::time::timeout(GRACE, finish).await {
