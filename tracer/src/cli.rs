@@ -5,10 +5,13 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::report::Filter;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -17,6 +20,8 @@ Examples:
   sudo tracer run --pid 1234           only that process and its descendants
   sudo tracer run --port 8080 --json   as JSON, one object a line
   sudo tracer snapshot                 the sockets now, and which destinations run out of ports
+  sudo tracer run --record today.rec   and keep it
+  tracer report today.rec              print it again, on any machine, without root
 
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
@@ -26,7 +31,8 @@ Exit codes:
   4  the kernel lacks something that is needed: it is too old, or was built without
   5  the kernel has no BTF
   6  no cgroup-v2 hierarchy could be used
-  7  the kernel refused for its security policy (lockdown, seccomp, a security module)";
+  7  the kernel refused for its security policy (lockdown, seccomp, a security module)
+  8  a recording is incomplete: it could not be written, or read, to its end";
 
 const ABOUT: &str = "\
 Shows who closed each TCP connection first, which process owns it, whether it left TIME_WAIT, and which HTTP Connection \
@@ -72,6 +78,8 @@ pub enum Command {
     Run(Run),
     /// Show the sockets in TIME_WAIT, FIN_WAIT2, CLOSE_WAIT and ESTABLISHED now, and which destinations run out of ports
     Snapshot(Snapshot),
+    /// Print what a recording holds (tracer run --record), or make a page of it
+    Report(Report),
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -118,6 +126,12 @@ pub struct Run {
     /// Start a small HTTP server, and a client that sends "Connection: close" once a second, to have something to see
     #[arg(long)]
     pub demo: bool,
+    /// Record all that is printed to this file, for `tracer report`; only its owner can read it
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+    /// Replace the file of --record if it exists
+    #[arg(long, requires = "record")]
+    pub overwrite: bool,
 }
 
 /// `tracer snapshot`
@@ -131,10 +145,53 @@ pub struct Snapshot {
 impl Run {
     /// The filters as on the command line, for the `start` event.
     pub fn filters(&self) -> Vec<String> {
-        let pids = self.pid.iter().map(|pid| format!("--pid {pid}"));
-        let ports = self.port.iter().map(|port| format!("--port {port}"));
-        let comms = self.comm.iter().map(|comm| format!("--comm {comm}"));
-        pids.chain(ports).chain(comms).collect()
+        filters(&self.pid, &self.port, &self.comm)
+    }
+}
+
+fn filters(pids: &[u32], ports: &[u16], comms: &[Comm]) -> Vec<String> {
+    let pids = pids.iter().map(|pid| format!("--pid {pid}"));
+    let ports = ports.iter().map(|port| format!("--port {port}"));
+    let comms = comms.iter().map(|comm| format!("--comm {comm}"));
+    pids.chain(ports).chain(comms).collect()
+}
+
+/// `tracer report`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+#[command(after_help = EXAMPLES)]
+pub struct Report {
+    /// The recording
+    #[arg(value_name = "FILE")]
+    pub recording: PathBuf,
+    /// Print JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+    /// Write one page to this file instead, which needs nothing beside it; only its owner can read it
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub html: Option<PathBuf>,
+    /// Replace the file of --html if it exists
+    #[arg(long, requires = "html")]
+    pub overwrite: bool,
+    /// Only this process, not its descendants; may be repeated
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..=i64::from(i32::MAX)))]
+    pub pid: Vec<u32>,
+    /// Only connections with this local or remote port; may be repeated
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Vec<u16>,
+    /// Only processes of this name; may be repeated
+    #[arg(long, value_name = "NAME", value_parser = OsStringValueParser::new().try_map(Comm::new))]
+    pub comm: Vec<Comm>,
+}
+
+impl Report {
+    /// What of the recording is reported.
+    pub fn filter(&self) -> Filter {
+        Filter {
+            pids: self.pid.clone(),
+            ports: self.port.clone(),
+            comms: self.comm.iter().map(ToString::to_string).collect(),
+            shown: filters(&self.pid, &self.port, &self.comm),
+        }
     }
 }
 
@@ -260,6 +317,25 @@ mod tests {
             }
         }
         assert_eq!(Cli::try_parse_from(["tracer", "snapshot", "extra"]).expect_err("refused").exit_code(), 2);
+    }
+
+    #[test]
+    fn a_report() {
+        let parsed = |args: &[&str]| match Cli::try_parse_from(["tracer", "report"].iter().chain(args))?.command {
+            Command::Report(report) => Ok::<_, clap::Error>(report),
+            other => panic!("{other:?}"),
+        };
+        let report = parsed(&["a.rec", "--port", "80", "--comm", "a-very-long-name-of-a-process", "--html", "a.html"]);
+        let filter = report.expect("options").filter();
+        assert_eq!((filter.ports, filter.comms), (vec![80], vec!["a-very-long-nam".to_owned()]));
+        assert_eq!(filter.shown, ["--port 80", "--comm a-very-long-nam"]);
+        let refused: [&[&str]; 4] =
+            [&[], &["a.rec", "b.rec"], &["a.rec", "--json", "--html", "b"], &["a.rec", "--overwrite"]];
+        for args in refused {
+            assert_eq!(parsed(args).expect_err("refused").exit_code(), 2, "{args:?}");
+        }
+        assert_eq!(run(&["--overwrite"]).expect_err("refused").exit_code(), 2);
+        assert!(run(&["--record", "a.rec", "--overwrite"]).expect("options").overwrite);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tracer_ebpf::head::{self, bit, protocol, token};
 use tracer_ebpf::{Record, first_end, flag, kind, role, source, unpack_state};
 
-use crate::event::{ClosedBy, Connection, Family, Http, Protocol, Role, Source, TcpState};
+use crate::event::{ClosedBy, Connection, Family, Http, HttpVersion, Protocol, Role, Source, TcpState};
 
 /// What one record says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -342,10 +342,10 @@ fn http(exchange: &head::Exchange) -> Option<Http> {
     })
 }
 
-const fn version(version: u8) -> Option<&'static str> {
+const fn version(version: u8) -> Option<HttpVersion> {
     match version {
-        10 => Some("1.0"),
-        11 => Some("1.1"),
+        10 => Some(HttpVersion::V10),
+        11 => Some(HttpVersion::V11),
         _ => None,
     }
 }

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One line of output.
 #[derive(Clone, Debug, Serialize)]
@@ -27,12 +27,12 @@ pub enum Event {
 }
 
 /// What is traced, and how well.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Start {
     /// When tracing began.
     pub time: Timestamp,
     /// Version of tracer.
-    pub version: &'static str,
+    pub version: String,
     /// Kernel release, as `uname -r`.
     pub kernel: String,
     /// Host name.
@@ -48,7 +48,7 @@ pub struct Start {
 }
 
 /// The address family of a socket; an IPv4-mapped IPv6 address counts as IPv4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4
@@ -58,7 +58,7 @@ pub enum Family {
 }
 
 /// Which end opened the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// This end accepted.
@@ -70,7 +70,7 @@ pub enum Role {
 }
 
 /// How the process of a socket was learnt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
     /// It read from the socket.
@@ -84,7 +84,7 @@ pub enum Source {
 }
 
 /// A process. `comm`, `exe`, `cgroup` hold bytes that another process chose: escape before showing.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     /// Process id as the host sees it.
     pub pid: u32,
@@ -103,7 +103,7 @@ pub struct Process {
 }
 
 /// Who sent the first FIN or RST.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClosedBy {
     /// This end.
@@ -117,7 +117,7 @@ pub enum ClosedBy {
 }
 
 /// How the connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum How {
     /// By FINs.
@@ -129,7 +129,7 @@ pub enum How {
 }
 
 /// What is left of the connection at this end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Final {
     /// A TIME_WAIT socket.
@@ -147,7 +147,7 @@ pub enum Final {
 }
 
 /// How [`Final`] is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinalSource {
     /// The peer's FIN was processed before the socket's end.
@@ -161,7 +161,7 @@ pub enum FinalSource {
 }
 
 /// One transition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateAt {
     /// The state that was entered.
     pub state: TcpState,
@@ -170,7 +170,7 @@ pub struct StateAt {
 }
 
 /// TCP states by their kernel names (`TCP_ESTABLISHED` is `ESTABLISHED`). The discriminants are the kernel's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[expect(missing_docs, reason = "the states of RFC 9293, section 3.3.2, and the kernel's two more")]
 pub enum TcpState {
@@ -191,7 +191,7 @@ pub enum TcpState {
 }
 
 /// What the payload was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
     /// HTTP/1.0: the last request (without one, the last response) said so.
     #[serde(rename = "http/1.0")]
@@ -219,8 +219,19 @@ pub enum Protocol {
     Unobserved,
 }
 
+/// The version of a request or response of HTTP/1.x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HttpVersion {
+    /// HTTP/1.0
+    #[serde(rename = "1.0")]
+    V10,
+    /// HTTP/1.1
+    #[serde(rename = "1.1")]
+    V11,
+}
+
 /// The last exchange on the connection, with counts for all of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Http {
     /// Request heads seen.
     pub requests: u32,
@@ -234,10 +245,10 @@ pub struct Http {
     pub target_truncated: bool,
     /// Status of its final response.
     pub status: Option<u16>,
-    /// `1.0` or `1.1`
-    pub request_version: Option<&'static str>,
-    /// `1.0` or `1.1`
-    pub response_version: Option<&'static str>,
+    /// Of the last request.
+    pub request_version: Option<HttpVersion>,
+    /// Of the last response.
+    pub response_version: Option<HttpVersion>,
     /// Tokens of the last request's `Connection`.
     pub request_connection: Option<Connection>,
     /// Tokens of the last response's `Connection`.
@@ -296,12 +307,35 @@ impl std::fmt::Display for Connection {
 
 impl Serialize for Connection {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        if serializer.is_human_readable() {
+            return serializer.collect_str(self);
+        }
+        serializer.serialize_u8(match *self {
+            Self::Absent => 0,
+            Self::Tokens { close, keep_alive, upgrade, other } => {
+                [close, keep_alive, upgrade, other].iter().rev().fold(0, |bits, set| bits << 1 | u8::from(*set))
+            }
+            Self::Unobserved => u8::MAX,
+        })
+    }
+}
+
+/// From recordings only: the words are not read back.
+impl<'de> Deserialize<'de> for Connection {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bits = u8::deserialize(deserializer)?;
+        let set = |bit: u8| bits & 1 << bit != 0;
+        match bits {
+            0 => Ok(Self::Absent),
+            1..16 => Ok(Self::Tokens { close: set(0), keep_alive: set(1), upgrade: set(2), other: set(3) }),
+            u8::MAX => Ok(Self::Unobserved),
+            _ => Err(serde::de::Error::custom("no such set of tokens")),
+        }
     }
 }
 
 /// Why the connection closed: the closed set. The first rule that fits wins, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// Ended by a time-out (retransmission, keep-alive probe, user time-out).
@@ -423,7 +457,7 @@ pub struct State {
 }
 
 /// Records were lost.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Lost {
     /// When this was noticed.
     pub time: Timestamp,

@@ -13,6 +13,8 @@ pub mod offsets;
 pub mod preflight;
 pub mod privileges;
 pub mod process;
+pub mod record;
+pub mod report;
 pub mod ring;
 pub mod run;
 pub mod sink;

@@ -10,7 +10,7 @@ use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, run, snapshot};
+use tracer::{demo, descendants, record, report, run, snapshot};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -31,6 +31,7 @@ fn start(cli: Cli) -> Result<()> {
             log_to_stderr();
             snapshot::run(arguments.json, styled(cli.color.into()))
         }
+        Command::Report(arguments) => tell(arguments, cli.color.into()),
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),
     }
@@ -62,6 +63,7 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
         },
         duration: arguments.duration,
         sink,
+        record: arguments.record.map(|path| record::Target { path, overwrite: arguments.overwrite }),
     };
     // Held until tracing has ended.
     let demo = arguments.demo.then(demo::start).transpose().context("the demo did not start")?;
@@ -71,6 +73,16 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
         options.ask.ports.push(demo.port());
     }
     run::run(options)
+}
+
+fn tell(arguments: cli::Report, color: ColorChoice) -> Result<()> {
+    let filter = arguments.filter();
+    let output = match arguments.html {
+        Some(path) => report::Output::Html { path, overwrite: arguments.overwrite },
+        None if arguments.json => report::Output::Print(Sink::json()),
+        None => report::Output::Print(Sink::text(styled(color))),
+    };
+    report::report(report::Options { recording: arguments.recording, filter, output })
 }
 
 fn styled(color: ColorChoice) -> bool {

@@ -32,6 +32,16 @@ impl Refusal {
     pub fn no_such_process(pid: u32) -> Self {
         Self { code: exit::USAGE, message: format!("--pid {pid}: there is no such process") }
     }
+
+    /// The file that something is to be written to cannot be made.
+    pub fn cannot_make(path: &Path, error: &std::io::Error) -> Self {
+        Self { code: exit::FAILURE, message: format!("cannot make {}: {error}", path.display()) }
+    }
+
+    /// Tracing went on, but writing the recording failed, which was said then.
+    pub fn recording_incomplete() -> Self {
+        Self { code: exit::INCOMPLETE, message: "the recording is incomplete".to_owned() }
+    }
 }
 
 impl fmt::Display for Refusal {
@@ -60,6 +70,8 @@ pub mod exit {
     pub const CGROUP: u8 = 6;
     /// The kernel refused for security policy.
     pub const POLICY: u8 = 7;
+    /// A recording is incomplete: it could not be written to its end, or not be read to it.
+    pub const INCOMPLETE: u8 = 8;
 }
 
 /// What was found.

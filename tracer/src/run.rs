@@ -22,6 +22,7 @@ use crate::kernel::{Ask, Attached, Counters, Kernel};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
+use crate::record::{self, Recording};
 use crate::ring::{Ring, watch};
 use crate::sink::Sink;
 use crate::sink::summary::{Missed, Summarizer};
@@ -37,6 +38,8 @@ pub struct Options {
     pub duration: Option<Duration>,
     /// How to print.
     pub sink: Sink,
+    /// Where to record it, too.
+    pub record: Option<record::Target>,
 }
 
 /// Batches of events on their way to the writer.
@@ -45,6 +48,8 @@ const QUEUE: usize = 64;
 const BATCH: usize = 1024;
 /// How long the writer may take to print the rest after the end.
 const GRACE: Duration = Duration::from_secs(2);
+/// How often the writer is asked again to write what is to be recorded, if it was busy.
+const FLUSH_AGAIN: Duration = Duration::from_millis(50);
 /// How often losses are looked for.
 const LOSS_CHECK: Duration = Duration::from_secs(1);
 
@@ -59,10 +64,14 @@ pub fn run(options: Options) -> Result<()> {
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
-    runtime.block_on(trace(options, host))
+    let recording = match &options.record {
+        Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
+        None => None,
+    };
+    runtime.block_on(trace(options, host, recording))
 }
 
-async fn trace(options: Options, host: preflight::Host) -> Result<()> {
+async fn trace(options: Options, host: preflight::Host, recording: Option<Recording>) -> Result<()> {
     // Handlers first: a signal during the start must end it like any other.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -90,10 +99,11 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states);
 
     let (queue, batches) = mpsc::channel::<Vec<Event>>(QUEUE);
-    let writer = Writer::start(options.sink, batches, began)?;
+    let records = recording.is_some();
+    let writer = Writer::start(options.sink, recording, batches, began)?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
-        version: env!("CARGO_PKG_VERSION"),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: preflight::kernel_release(),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         filters: options.filters,
@@ -117,6 +127,8 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     tokio::pin!(end);
 
     let mut events = vec![start];
+    // When what was sent must be in the recording.
+    let mut flush_at = None;
     let outcome = loop {
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
         let full = !events.is_empty();
@@ -128,7 +140,10 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
             () = &mut end => break Ok(()),
             () = &mut closed => break Ok(()),
             permit = queue.reserve(), if full => match permit {
-                Ok(permit) => permit.send(std::mem::take(&mut events)),
+                Ok(permit) => {
+                    permit.send(std::mem::take(&mut events));
+                    flush_at = flush_at.or_else(|| records.then(|| Instant::now() + record::FLUSH_AFTER));
+                }
                 // The writer has ended: stdout is closed, or failed; it says which.
                 Err(_) => break Ok(()),
             },
@@ -140,6 +155,10 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
                 connections.poll(Instant::now(), &mut events);
+            }
+            () = until(flush_at), if flush_at.is_some() => {
+                // An empty batch asks for it.
+                flush_at = queue.try_send(Vec::new()).is_err().then(|| Instant::now() + FLUSH_AGAIN);
             }
             _ = loss_check.tick(), if !full => {
                 losses.check(&kernel, &mut events)?;
@@ -236,49 +255,86 @@ fn time_wait_sockets() -> Option<u64> {
     words.nth(1)?.parse().ok()
 }
 
-/// The thread that formats and writes.
+/// The thread that formats, records and writes.
 struct Writer {
-    thread: std::thread::JoinHandle<(Summarizer, Sink, io::Result<()>)>,
+    thread: std::thread::JoinHandle<Written>,
     began: Instant,
+    /// Whether it is recorded, too.
+    records: bool,
+}
+
+/// What the writer has when its queue ends, or stdout.
+struct Written {
+    summary: Summarizer,
+    sink: Sink,
+    recording: Option<Recording>,
+    printed: io::Result<()>,
 }
 
 impl Writer {
-    fn start(sink: Sink, mut batches: mpsc::Receiver<Vec<Event>>, began: Instant) -> io::Result<Self> {
+    fn start(
+        sink: Sink,
+        recording: Option<Recording>,
+        mut batches: mpsc::Receiver<Vec<Event>>,
+        began: Instant,
+    ) -> io::Result<Self> {
+        let records = recording.is_some();
+        let mut written = Written { summary: Summarizer::new(), sink, recording, printed: Ok(()) };
         let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
-            let mut sink = sink;
-            let mut summary = Summarizer::new();
             while let Some(batch) = batches.blocking_recv() {
-                if let Err(error) = write(&mut sink, &batch, &mut summary) {
-                    return (summary, sink, Err(error));
+                if let Some(recording) = &mut written.recording {
+                    recording.events(&batch);
+                }
+                if written.printed.is_ok() {
+                    written.printed = write(&mut written.sink, &batch, &mut written.summary);
+                }
+                if written.printed.is_err() {
+                    // Nothing more is sent, and tracing ends; what is on its way is still recorded.
+                    batches.close();
                 }
             }
-            (summary, sink, Ok(()))
+            written
         })?;
-        Ok(Self { thread, began })
+        Ok(Self { thread, began, records })
     }
 
     /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
     async fn end(self, queue: mpsc::Sender<Vec<Event>>, rest: Vec<Event>, missed: Missed) -> Result<()> {
-        let began = self.began;
+        let Self { thread, began, records } = self;
         let finish = tokio::task::spawn_blocking(move || {
-            // Fails only where the writer has ended already, and says why below.
-            let _ = queue.blocking_send(rest);
+            // Fails only where stdout has failed, which is said below; it is still recorded.
+            let unsent = queue.blocking_send(rest).err().map(|unsent| unsent.0);
             drop(queue);
-            let (summary, mut sink, written) =
-                self.thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
-            written?;
-            let summary = summary.finish(Timestamp::now(), began.elapsed(), missed);
-            write(&mut sink, &[Event::Summary(summary)], &mut Summarizer::new())
+            let Written { summary, mut sink, mut recording, printed } =
+                thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
+            let (time, ran) = (Timestamp::now(), began.elapsed());
+            if let Some(recording) = &mut recording {
+                recording.events(&unsent.unwrap_or_default());
+                recording.end(&record::End { time, ran, missed });
+            }
+            let printed = printed.and_then(|()| {
+                let summary = Event::Summary(summary.finish(time, ran, missed));
+                write(&mut sink, &[summary], &mut Summarizer::new())
+            });
+            // Last, as the disk may not answer.
+            let recorded = recording.is_none_or(Recording::finish);
+            Ok::<_, io::Error>((recorded, printed))
         });
         match tokio::time::timeout(GRACE, finish).await {
-            Ok(done) => match done? {
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-                done => done.context("cannot write to stdout"),
-            },
+            Ok(done) => {
+                let (recorded, printed) = done??;
+                match printed {
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                    printed => printed.context("cannot write to stdout")?,
+                }
+                if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
+            }
             Err(_) => {
-                warn!("stdout was not read for {} s: the rest is dropped", GRACE.as_secs());
+                let code = if records { preflight::exit::INCOMPLETE } else { preflight::exit::SUCCESS };
+                let nor = if records { ", or the recording not written," } else { "" };
+                warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
                 // The writer is stuck in a write; nothing else is left to be done.
-                std::process::exit(preflight::exit::SUCCESS.into());
+                std::process::exit(code.into());
             }
         }
     }
@@ -287,14 +343,19 @@ impl Writer {
 fn write(sink: &mut Sink, events: &[Event], summary: &mut Summarizer) -> io::Result<()> {
     let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
     for event in events {
-        match event {
-            Event::Close(close) => summary.close(close),
-            Event::CloseWait(_) => summary.close_wait(),
-            _ => {}
-        }
+        count(summary, event);
         sink.event(event, &mut out)?;
     }
     out.flush()
+}
+
+/// Adds an event to the summary, live or from a recording.
+pub(crate) fn count(summary: &mut Summarizer, event: &Event) {
+    match event {
+        Event::Close(close) => summary.close(close),
+        Event::CloseWait(_) => summary.close_wait(),
+        _ => {}
+    }
 }
 
 /// Whether a refusal is behind this error, and with which exit code.

@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use crate::decode::Socket;
-use crate::event::{Cause, Close, ClosedBy, Connection, Final, FinalSource, How, Http, Protocol, Role, TcpState};
+use crate::event::{
+    Cause, Close, ClosedBy, Connection, Final, FinalSource, How, Http, HttpVersion, Protocol, Role, TcpState,
+};
 
 /// Values of `sk_err` that say how a socket ended.
 mod errno {
@@ -322,8 +324,8 @@ fn exchange(socket: &Socket) -> Option<Persistence> {
         return None;
     }
     match (http.request_version?, http.response_version?) {
-        ("1.0", _) if asked != Said::KeepAlive || told != Said::KeepAlive => Some(Persistence::Http10),
-        (_, "1.0") if told != Said::KeepAlive => Some(Persistence::Http10),
+        (HttpVersion::V10, _) if asked != Said::KeepAlive || told != Said::KeepAlive => Some(Persistence::Http10),
+        (_, HttpVersion::V10) if told != Said::KeepAlive => Some(Persistence::Http10),
         _ => Some(Persistence::Persistent),
     }
 }
@@ -411,7 +413,8 @@ pub fn advice(close: &Close) -> Option<String> {
 fn response_close_advice(close: &Close) -> String {
     let http = close.http.as_ref();
     let old_client = http.is_some_and(|http| {
-        http.request_version == Some("1.0") && !http.request_connection.is_some_and(Connection::is_keep_alive)
+        http.request_version == Some(HttpVersion::V10)
+            && !http.request_connection.is_some_and(Connection::is_keep_alive)
     });
     match http.and_then(|http| http.status) {
         // The server had no other choice.
@@ -424,7 +427,7 @@ fn response_close_advice(close: &Close) -> String {
 
 fn http10_advice(close: &Close) -> &'static str {
     let http = close.http.as_ref();
-    if http.is_some_and(|http| http.request_version != Some("1.0")) {
+    if http.is_some_and(|http| http.request_version != Some(HttpVersion::V10)) {
         "HTTP/1.0 server, no keep-alive"
     } else if http.is_some_and(|http| http.request_connection.is_some_and(Connection::is_keep_alive)) {
         "server ignored HTTP/1.0 keep-alive"

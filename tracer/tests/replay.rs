@@ -185,7 +185,7 @@ fn print_json(events: &[Event]) -> String {
 fn start() -> Event {
     Event::Start(Start {
         time: noon(),
-        version: "0.0.0",
+        version: "0.0.0".to_owned(),
         kernel: "6.12.0".to_owned(),
         host: "host".to_owned(),
         filters: vec!["--port 8080".to_owned()],

@@ -359,7 +359,7 @@ impl Line {
 }
 
 /// `850 us`, `12 ms`, `3.4 s`
-fn elapsed(us: u64) -> String {
+pub(super) fn elapsed(us: u64) -> String {
     match us {
         0..1_000 => format!("{us} us"),
         1_000..1_000_000 => format!("{} ms", us / 1_000),
@@ -375,7 +375,7 @@ const fn fate_style(fate: Final) -> Style {
     }
 }
 
-const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
+pub(super) const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
     match closed_by {
         ClosedBy::Local => "local",
         ClosedBy::Remote => "remote",
@@ -384,7 +384,7 @@ const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
     }
 }
 
-const fn fate_word(fate: Final) -> &'static str {
+pub(super) const fn fate_word(fate: Final) -> &'static str {
     match fate {
         Final::TimeWait => "time_wait",
         Final::FinWait2 => "fin_wait2",
@@ -395,7 +395,7 @@ const fn fate_word(fate: Final) -> &'static str {
     }
 }
 
-const fn cause_word(cause: Cause) -> &'static str {
+pub(super) const fn cause_word(cause: Cause) -> &'static str {
     match cause {
         Cause::Timeout => "timeout",
         Cause::ResetByPeer => "reset_by_peer",

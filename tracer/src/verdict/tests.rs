@@ -53,8 +53,8 @@ fn http() -> Http {
         target: Some("/x".to_owned()),
         target_truncated: false,
         status: Some(200),
-        request_version: Some("1.1"),
-        response_version: Some("1.1"),
+        request_version: Some(HttpVersion::V11),
+        response_version: Some(HttpVersion::V11),
         request_connection: Some(Connection::Absent),
         response_connection: Some(Connection::Absent),
         keep_alive_timeout_s: None,
@@ -500,7 +500,7 @@ mod causes {
         let old = with(|s| {
             idle(s, 5_000);
             let http = s.http.as_mut().expect("HTTP");
-            (http.request_connection, http.request_version) = (CLOSE, Some("1.0"));
+            (http.request_connection, http.request_version) = (CLOSE, Some(HttpVersion::V10));
         });
         assert_eq!(judge(&old), Cause::RequestClose);
     }
@@ -514,7 +514,7 @@ mod causes {
         );
         let error = with_http(|http| (http.response_connection, http.status) = (CLOSE, Some(400)));
         assert_eq!(advised(&error), "server answered 400: Connection: close");
-        let old = with_http(|http| (http.response_connection, http.request_version) = (CLOSE, Some("1.0")));
+        let old = with_http(|http| (http.response_connection, http.request_version) = (CLOSE, Some(HttpVersion::V10)));
         assert_eq!((judge(&old), advised(&old).as_str()), (Cause::ResponseClose, "HTTP/1.0 client, no keep-alive"));
         // A response that nobody asked for; but only if it is certain that nobody did.
         let unasked = |s: &mut Socket| {
@@ -536,30 +536,64 @@ mod causes {
     fn http10() {
         let versions = [
             // Request, its Connection, response, its Connection.
-            (("1.0", ABSENT), ("1.1", ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
-            (("1.0", ABSENT), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
-            (("1.0", ABSENT), ("1.1", KEEP_ALIVE), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
-            (("1.1", ABSENT), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
-            (("1.1", KEEP_ALIVE), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.0", ABSENT), Cause::Http10, "server ignored HTTP/1.0 keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.1", ABSENT), Cause::Http10, "server ignored HTTP/1.0 keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
-            (("1.0", KEEP_ALIVE), ("1.1", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
-            (("1.1", ABSENT), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
-            (("1.1", ABSENT), ("1.1", ABSENT), Cause::NoReuse, "server closed, nobody asked"),
+            ((HttpVersion::V10, ABSENT), (HttpVersion::V11, ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
+            ((HttpVersion::V10, ABSENT), (HttpVersion::V10, ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
+            (
+                (HttpVersion::V10, ABSENT),
+                (HttpVersion::V11, KEEP_ALIVE),
+                Cause::Http10,
+                "HTTP/1.0 client, no keep-alive",
+            ),
+            ((HttpVersion::V11, ABSENT), (HttpVersion::V10, ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
+            (
+                (HttpVersion::V11, KEEP_ALIVE),
+                (HttpVersion::V10, ABSENT),
+                Cause::Http10,
+                "HTTP/1.0 server, no keep-alive",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V10, ABSENT),
+                Cause::Http10,
+                "server ignored HTTP/1.0 keep-alive",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V11, ABSENT),
+                Cause::Http10,
+                "server ignored HTTP/1.0 keep-alive",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V10, KEEP_ALIVE),
+                Cause::NoReuse,
+                "server closed, nobody asked",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V11, KEEP_ALIVE),
+                Cause::NoReuse,
+                "server closed, nobody asked",
+            ),
+            ((HttpVersion::V11, ABSENT), (HttpVersion::V10, KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
+            ((HttpVersion::V11, ABSENT), (HttpVersion::V11, ABSENT), Cause::NoReuse, "server closed, nobody asked"),
         ];
         for ((asked_version, asked), (told_version, told), cause, words) in versions {
             let socket = with_http(|http| {
                 (http.request_version, http.request_connection) = (Some(asked_version), asked);
                 (http.response_version, http.response_connection) = (Some(told_version), told);
             });
-            assert_eq!((judge(&socket), advised(&socket).as_str()), (cause, words), "{asked_version} {told_version}");
+            assert_eq!(
+                (judge(&socket), advised(&socket).as_str()),
+                (cause, words),
+                "{asked_version:?} {told_version:?}"
+            );
         }
         // A body that ends with the connection is what HTTP/1.0 does; idle time does not matter.
         let body = with(|s| {
             idle(s, 9_000);
             s.scan.body_until_close = true;
-            s.http.as_mut().expect("HTTP").response_version = Some("1.0");
+            s.http.as_mut().expect("HTTP").response_version = Some(HttpVersion::V10);
         });
         assert_eq!(judge(&body), Cause::Http10);
     }
@@ -649,7 +683,12 @@ mod causes {
     fn the_unobserved_is_never_taken_for_absent() {
         let said = [None, UNOBSERVED, ABSENT, CLOSE, KEEP_ALIVE];
         for (asked, told) in said.iter().flat_map(|asked| said.iter().map(move |told| (*asked, *told))) {
-            for (asked_version, told_version) in [("1.0", "1.0"), ("1.0", "1.1"), ("1.1", "1.0"), ("1.1", "1.1")] {
+            for (asked_version, told_version) in [
+                (HttpVersion::V10, HttpVersion::V10),
+                (HttpVersion::V10, HttpVersion::V11),
+                (HttpVersion::V11, HttpVersion::V10),
+                (HttpVersion::V11, HttpVersion::V11),
+            ] {
                 for (ms, lost) in [(1, (false, false)), (5_000, (false, false)), (1, (true, false)), (1, (false, true))]
                 {
                     let socket = with(|s| {

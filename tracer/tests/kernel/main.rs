@@ -19,6 +19,7 @@ mod owners;
 mod peer;
 mod pid;
 mod readers;
+mod record;
 mod rig;
 mod scale;
 mod script;
