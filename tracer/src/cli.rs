@@ -27,6 +27,26 @@ Exit codes:
   6  no cgroup-v2 hierarchy could be used
   7  the kernel refused for its security policy (lockdown, seccomp, a security module)";
 
+const COMPLETIONS: &str = "\
+Examples:
+  tracer completions bash > /usr/share/bash-completion/completions/tracer
+  tracer completions zsh > /usr/local/share/zsh/site-functions/_tracer
+
+Exit codes:
+  0  printed
+  1  stdout could not be written
+  2  bad usage";
+
+const MAN: &str = "\
+Examples:
+  tracer man | man -l -
+  tracer man > /usr/local/share/man/man1/tracer.1
+
+Exit codes:
+  0  printed
+  1  stdout could not be written
+  2  bad usage";
+
 const ABOUT: &str = "\
 Shows who closed each TCP connection first, which process owns it, whether it left TIME_WAIT, and which HTTP Connection \
 header was the reason";
@@ -69,6 +89,15 @@ impl From<Color> for anstream::ColorChoice {
 pub enum Command {
     /// Trace, and print one line for each connection that closes
     Run(Run),
+    /// Print a completion script for a shell
+    #[command(after_help = COMPLETIONS)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the man pages
+    #[command(after_help = MAN)]
+    Man,
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
