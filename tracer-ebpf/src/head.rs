@@ -437,19 +437,20 @@ fn pass_aside(http: &mut Http) {
 /// and acknowledged. What was put aside, and is still not known, is lost; so is what passed by unseen.
 #[inline(always)]
 pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
-    if http.stopped != 0 {
-        return;
+    let mut in_lost = stream(http, INGRESS).missed != 0;
+    let mut out_lost = stream(http, EGRESS).missed != 0;
+    if http.stopped == 0 {
+        if http.aside_at != http.aside_end {
+            pass_aside(http);
+            in_lost |= http.aside_at != http.aside_end;
+        }
+        in_lost |= unseen(stream(http, INGRESS), received);
+        out_lost |= unseen(stream(http, EGRESS), acknowledged);
     }
-    let mut unknown = stream(http, INGRESS).missed != 0;
-    if http.aside_at != http.aside_end {
-        pass_aside(http);
-        unknown |= http.aside_at != http.aside_end;
-    }
-    if (unknown || unseen(stream(http, INGRESS), received)) && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
+    if in_lost && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, INGRESS);
     }
-    let missed = stream(http, EGRESS).missed != 0 || unseen(stream(http, EGRESS), acknowledged);
-    if missed && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
+    if out_lost && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, EGRESS);
     }
 }

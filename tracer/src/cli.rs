@@ -34,6 +34,50 @@ Exit codes:
   7  the kernel refused for its security policy (lockdown, seccomp, a security module)
   8  a recording is incomplete: it could not be written, or read, to its end";
 
+const SNAPSHOT: &str = "\
+Examples:
+  sudo tracer snapshot             the sockets now, and which destinations run out of ports
+  sudo tracer snapshot --json      the same as one JSON object
+
+Exit codes:
+  0  printed
+  1  failed, or stdout could not be written
+  2  bad usage
+  4  the kernel lacks sock_diag for TCP
+  7  the kernel refused for its security policy";
+
+const REPORT: &str = "\
+Examples:
+  tracer report today.rec                          what was printed
+  tracer report today.rec --port 8080 --json       some of it, as JSON
+  tracer report today.rec --html today.html        one page to attach to an incident
+
+Exit codes:
+  0  printed
+  1  it is no recording, or a newer tracer made it, or stdout could not be written
+  2  bad usage
+  8  the recording is incomplete: it could not be read to its end";
+
+const COMPLETIONS: &str = "\
+Examples:
+  tracer completions bash > /usr/share/bash-completion/completions/tracer
+  tracer completions zsh > /usr/local/share/zsh/site-functions/_tracer
+
+Exit codes:
+  0  printed
+  1  stdout could not be written
+  2  bad usage";
+
+const MAN: &str = "\
+Examples:
+  tracer man | man -l -
+  tracer man > /usr/local/share/man/man1/tracer.1
+
+Exit codes:
+  0  printed
+  1  stdout could not be written
+  2  bad usage";
+
 const ABOUT: &str = "\
 Shows who closed each TCP connection first, which process owns it, whether it left TIME_WAIT, and which HTTP Connection \
 header was the reason";
@@ -77,9 +121,20 @@ pub enum Command {
     /// Trace, and print one line for each connection that closes
     Run(Run),
     /// Show the sockets in TIME_WAIT, FIN_WAIT2, CLOSE_WAIT and ESTABLISHED now, and which destinations run out of ports
+    #[command(after_help = SNAPSHOT)]
     Snapshot(Snapshot),
     /// Print what a recording holds (tracer run --record), or make a page of it
+    #[command(after_help = REPORT)]
     Report(Report),
+    /// Print a completion script for a shell
+    #[command(after_help = COMPLETIONS)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the man pages
+    #[command(after_help = MAN)]
+    Man,
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -158,7 +213,6 @@ fn filters(pids: &[u32], ports: &[u16], comms: &[Comm]) -> Vec<String> {
 
 /// `tracer report`
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
-#[command(after_help = EXAMPLES)]
 pub struct Report {
     /// The recording
     #[arg(value_name = "FILE")]

@@ -9,6 +9,7 @@ pub mod demo;
 pub mod descendants;
 pub mod event;
 pub mod kernel;
+pub mod manual;
 pub mod offsets;
 pub mod preflight;
 pub mod privileges;

@@ -10,7 +10,7 @@ use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, record, report, run, snapshot};
+use tracer::{demo, descendants, manual, record, report, run, snapshot};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -32,8 +32,19 @@ fn start(cli: Cli) -> Result<()> {
             snapshot::run(arguments.json, styled(cli.color.into()))
         }
         Command::Report(arguments) => tell(arguments, cli.color.into()),
+        Command::Completions { shell } => print(|out| manual::completions(shell, out)),
+        Command::Man => print(manual::man),
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),
+    }
+}
+
+/// Prints at once. That the reader has gone is success, as it is for `run`.
+fn print(write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match write(&mut out).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write to stdout"),
+        _ => Ok(()),
     }
 }
 
