@@ -4,7 +4,7 @@
 //! them is a bounded queue: when stdout is not read, this thread stops reading, the ring buffer fills, and the programs
 //! count what they lose. The traced host is never blocked, and a signal is always heard.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -22,9 +22,10 @@ use crate::kernel::{Ask, Counters, Kernel};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
+use crate::report::{self, Batch, Reporter, Wanted};
 use crate::ring::{Ring, watch};
 use crate::sink::Sink;
-use crate::sink::summary::{Missed, Summarizer};
+use crate::sink::summary::{Missed, Moment};
 use crate::time_wait::SockDiag;
 
 /// What to trace, and how to print it.
@@ -35,6 +36,8 @@ pub struct Options {
     pub filters: Vec<String>,
     /// End by itself after this time.
     pub duration: Option<Duration>,
+    /// Summaries in between, and alerts.
+    pub wanted: Wanted,
     /// How to print.
     pub sink: Sink,
 }
@@ -66,6 +69,7 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     // Handlers first: a signal during the start must end it like any other.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut summary_wanted = signal(SignalKind::user_defined1())?;
 
     let (mut kernel, ring, programs_log) =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
@@ -89,8 +93,9 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     }
     let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states);
 
-    let (queue, batches) = mpsc::channel::<Vec<Event>>(QUEUE);
-    let writer = Writer::start(options.sink, batches, began)?;
+    let (queue, batches) = mpsc::channel::<Batch>(QUEUE);
+    let every = options.wanted.every;
+    let writer = Writer::start(Reporter::new(options.sink, options.wanted, began, time_wait_max()), batches)?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
         version: env!("CARGO_PKG_VERSION"),
@@ -106,6 +111,11 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut close_wait_check = tokio::time::interval(close_wait_period(options.ask.close_wait_after));
     close_wait_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut summary_ticks = every.map(|every| {
+        let mut ticks = tokio::time::interval_at((began + every).into(), every);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        ticks
+    });
     let closed = stdout_closed();
     tokio::pin!(closed);
     let end = async {
@@ -117,9 +127,11 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
     tokio::pin!(end);
 
     let mut events = vec![start];
+    // What the writer is asked for, behind these.
+    let mut ask = None;
     let outcome = loop {
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
-        let full = !events.is_empty();
+        let full = !events.is_empty() || ask.is_some();
         let poll_at = connections.next_poll();
         tokio::select! {
             biased;
@@ -128,10 +140,21 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
             () = &mut end => break Ok(()),
             () = &mut closed => break Ok(()),
             permit = queue.reserve(), if full => match permit {
-                Ok(permit) => permit.send(std::mem::take(&mut events)),
+                Ok(permit) => permit.send(Batch { events: std::mem::take(&mut events), ask: ask.take() }),
                 // The writer has ended: stdout is closed, or failed; it says which.
                 Err(_) => break Ok(()),
             },
+            _ = summary_wanted.recv(), if !full => {
+                ask = Some((report::Ask::Now, moment(losses.missed)));
+            }
+            () = tick(&mut summary_ticks), if !full => {
+                ask = Some((report::Ask::Every, moment(losses.missed)));
+            }
+            // Before the ring: alerts are for when there is always something in it.
+            _ = loss_check.tick(), if !full => {
+                losses.check(&kernel, &mut events)?;
+                ask = Some((report::Ask::Check, moment(losses.missed)));
+            }
             ready = ring.ready(), if !full => {
                 ready?;
                 connections.set_clock();
@@ -140,9 +163,6 @@ async fn trace(options: Options, host: preflight::Host) -> Result<()> {
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
                 connections.poll(Instant::now(), &mut events);
-            }
-            _ = loss_check.tick(), if !full => {
-                losses.check(&kernel, &mut events)?;
             }
             _ = close_wait_check.tick(), if !full => {
                 if let Err(error) = kernel.look_for_close_wait() {
@@ -179,6 +199,16 @@ fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, events: &m
         Ok(fact) => connections.fact(fact, now, events),
         Err(error) => warn!("the kernel programs wrote something that is no record: {error}"),
     })
+}
+
+/// Never, if no summaries are wanted in between.
+async fn tick(ticks: &mut Option<tokio::time::Interval>) {
+    match ticks {
+        Some(ticks) => {
+            ticks.tick().await;
+        }
+        None => std::future::pending().await,
+    }
 }
 
 async fn until(at: Option<Instant>) {
@@ -236,39 +266,49 @@ fn time_wait_sockets() -> Option<u64> {
     words.nth(1)?.parse().ok()
 }
 
+/// How many there may be.
+fn time_wait_max() -> Option<u64> {
+    std::fs::read_to_string("/proc/sys/net/ipv4/tcp_max_tw_buckets").ok()?.trim().parse().ok()
+}
+
+/// Now, with what was missed up to now.
+fn moment(missed: Missed) -> Moment {
+    Moment { time: Timestamp::now(), now: Instant::now(), missed, time_wait_sockets: time_wait_sockets() }
+}
+
+/// Lets no SIGUSR1 end this process before tracing begins; from then on it asks for a summary.
+pub fn ignore_usr1() {
+    // SAFETY: it is a signal that can be ignored, and no handler is set that could do something wrong.
+    unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+}
+
 /// The thread that formats and writes.
 struct Writer {
-    thread: std::thread::JoinHandle<(Summarizer, Sink, io::Result<()>)>,
-    began: Instant,
+    thread: std::thread::JoinHandle<(Reporter, io::Result<()>)>,
 }
 
 impl Writer {
-    fn start(sink: Sink, mut batches: mpsc::Receiver<Vec<Event>>, began: Instant) -> io::Result<Self> {
+    fn start(mut reporter: Reporter, mut batches: mpsc::Receiver<Batch>) -> io::Result<Self> {
         let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
-            let mut sink = sink;
-            let mut summary = Summarizer::new();
             while let Some(batch) = batches.blocking_recv() {
-                if let Err(error) = write(&mut sink, &batch, &mut summary) {
-                    return (summary, sink, Err(error));
+                if let Err(error) = reporter.take(&batch) {
+                    return (reporter, Err(error));
                 }
             }
-            (summary, sink, Ok(()))
+            (reporter, Ok(()))
         })?;
-        Ok(Self { thread, began })
+        Ok(Self { thread })
     }
 
     /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
-    async fn end(self, queue: mpsc::Sender<Vec<Event>>, rest: Vec<Event>, missed: Missed) -> Result<()> {
-        let began = self.began;
+    async fn end(self, queue: mpsc::Sender<Batch>, rest: Vec<Event>, missed: Missed) -> Result<()> {
         let finish = tokio::task::spawn_blocking(move || {
             // Fails only where the writer has ended already, and says why below.
-            let _ = queue.blocking_send(rest);
+            let _ = queue.blocking_send(Batch { events: rest, ask: None });
             drop(queue);
-            let (summary, mut sink, written) =
-                self.thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
+            let (mut reporter, written) = self.thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
             written?;
-            let summary = summary.finish(Timestamp::now(), began.elapsed(), missed);
-            write(&mut sink, &[Event::Summary(summary)], &mut Summarizer::new())
+            reporter.finish(&moment(missed))
         });
         match tokio::time::timeout(GRACE, finish).await {
             Ok(done) => match done? {
@@ -282,19 +322,6 @@ impl Writer {
             }
         }
     }
-}
-
-fn write(sink: &mut Sink, events: &[Event], summary: &mut Summarizer) -> io::Result<()> {
-    let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
-    for event in events {
-        match event {
-            Event::Close(close) => summary.close(close),
-            Event::CloseWait(_) => summary.close_wait(),
-            _ => {}
-        }
-        sink.event(event, &mut out)?;
-    }
-    out.flush()
 }
 
 /// Whether a refusal is behind this error, and with which exit code.

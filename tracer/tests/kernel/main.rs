@@ -25,5 +25,6 @@ mod script;
 mod servers;
 mod sockets;
 mod states;
+mod summary;
 mod web;
 mod wire;
