@@ -381,6 +381,9 @@ pub fn miss<const D: usize>(http: &mut Http) {
     stream(http, D).missed = 1;
     let kind = stream(http, D).kind;
     flag_lost(http, kind);
+    if kind == kind::REQUESTS && http.exchange.request_connection & token::COMPLETE != 0 {
+        http.exchange.request_connection = 0;
+    }
 }
 
 /// Puts bytes aside that came too early: others before them, which are not part of a body, have not come yet. The segments

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::report::Filter;
 
@@ -22,6 +22,7 @@ Examples:
   sudo tracer snapshot                 the sockets now, and which destinations run out of ports
   sudo tracer run --record today.rec   and keep it
   tracer report today.rec              print it again, on any machine, without root
+  sudo tracer run --every 10s          every ten seconds: who closes most, why, and what to change
 
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
@@ -147,8 +148,8 @@ pub enum Command {
 }
 
 /// `tracer run`
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-#[command(after_help = EXAMPLES)]
+#[derive(Args, Clone, Debug, PartialEq)]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("alert").multiple(true))]
 pub struct Run {
     /// Print JSON, one object a line
     #[arg(long)]
@@ -175,6 +176,21 @@ pub struct Run {
     /// lost, and counted
     #[arg(long, value_name = "BYTES", value_parser = ring_size, default_value = "4M")]
     pub ring_size: u32,
+    /// Print a summary this often, of what was added since the one before. SIGUSR1 asks for one at any time
+    #[arg(long, value_name = "TIME", value_parser = at_least_a_second)]
+    pub every: Option<Duration>,
+    /// No line for each connection: summaries, alerts and losses only
+    #[arg(long)]
+    pub summary_only: bool,
+    /// Alert at so many sockets in TIME_WAIT in the network namespace of tracer, whoever made them (say 300)
+    #[arg(long, value_name = "N", group = "alert", value_parser = clap::value_parser!(u64).range(1..))]
+    pub alert_time_wait: Option<u64>,
+    /// Alert when so many TIME_WAIT a second are seen made, over ten seconds; the filters hold
+    #[arg(long, value_name = "RATE", group = "alert", value_parser = rate)]
+    pub alert_rate: Option<f64>,
+    /// For each alert, run this with sh -c, with the summary as JSON on its stdin; one at a time
+    #[arg(long, value_name = "COMMAND", requires = "alert")]
+    pub exec: Option<String>,
     /// Show the query string of targets, too; it may hold secrets
     #[arg(long)]
     pub full_target: bool,
@@ -314,6 +330,16 @@ fn duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
+fn at_least_a_second(text: &str) -> Result<Duration, String> {
+    let time = duration(text)?;
+    if time < Duration::from_secs(1) { Err("it must be at least 1s".to_owned()) } else { Ok(time) }
+}
+
+fn rate(text: &str) -> Result<f64, &'static str> {
+    let rate: f64 = text.parse().map_err(|_| "expected a number such as 5 or 0.5")?;
+    if rate.is_finite() && rate > 0.0 { Ok(rate) } else { Err("it must be more than 0") }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -352,13 +378,24 @@ mod tests {
             "10s",
             "--close-wait-after",
             "5s",
+            "--every",
+            "10s",
+            "--summary-only",
+            "--alert-time-wait",
+            "300",
+            "--alert-rate",
+            "2.5",
+            "--exec",
+            "cat",
             "--full-target",
             "--demo",
         ])
         .expect("options");
-        assert!(run.json && run.states && run.full_target && run.demo);
+        assert!(run.json && run.states && run.full_target && run.demo && run.summary_only);
         assert_eq!(run.duration, Some(Duration::from_secs(10)));
         assert_eq!(run.close_wait_after, Duration::from_secs(5));
+        assert_eq!((run.every, run.alert_time_wait), (Some(Duration::from_secs(10)), Some(300)));
+        assert_eq!((run.alert_rate, run.exec.as_deref()), (Some(2.5), Some("cat")));
         assert_eq!(run.filters(), ["--pid 1", "--pid 77", "--port 80", "--port 65535", "--comm nginx"]);
     }
 
@@ -402,7 +439,7 @@ mod tests {
 
     #[test]
     fn out_of_range_is_refused() {
-        let cases: [&[&str]; 14] = [
+        let cases: [&[&str]; 22] = [
             &["--port", "0"],
             &["--port", "65536"],
             &["--port", "-1"],
@@ -416,6 +453,15 @@ mod tests {
             &["--duration", "1d"],
             &["--duration", ""],
             &["--duration", "1e3"],
+            &["--every", "0.9s"],
+            &["--every", "500ms"],
+            &["--alert-time-wait", "0"],
+            &["--alert-rate", "0"],
+            &["--alert-rate", "-1"],
+            &["--alert-rate", "nan"],
+            &["--alert-rate", "inf"],
+            // Without an alert it would never run.
+            &["--exec", "cat"],
             &["extra"],
         ];
         for args in cases {

@@ -2,6 +2,7 @@
 //!
 //! A library only so that tests can feed recorded bytes to the steps that need no root. Its API is not stable.
 
+pub mod alert;
 pub mod cli;
 pub mod connection;
 pub mod decode;
@@ -16,6 +17,7 @@ pub mod privileges;
 pub mod process;
 pub mod record;
 pub mod report;
+pub mod reporter;
 pub mod ring;
 pub mod run;
 pub mod sink;

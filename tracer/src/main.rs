@@ -6,13 +6,16 @@ use std::process::ExitCode;
 use anstream::{AutoStream, ColorChoice};
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
+use tracer::alert::Watch;
 use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
+use tracer::reporter::Wanted;
 use tracer::sink::Sink;
 use tracer::{demo, descendants, manual, record, report, run, snapshot};
 
 fn main() -> ExitCode {
+    run::ignore_usr1();
     let cli = Cli::parse();
     match start(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,6 +76,11 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
             ring_bytes: arguments.ring_size,
         },
         duration: arguments.duration,
+        wanted: Wanted {
+            every: arguments.every,
+            summary_only: arguments.summary_only,
+            watch: Watch { time_wait: arguments.alert_time_wait, rate: arguments.alert_rate, command: arguments.exec },
+        },
         sink,
         record: arguments.record.map(|path| record::Target { path, overwrite: arguments.overwrite }),
     };

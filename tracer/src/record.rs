@@ -22,8 +22,8 @@ use log::warn;
 use serde::{Deserialize, Serialize};
 
 use crate::event::{
-    Cause, Close, ClosedBy, Event, Family, Final, FinalSource, How, Http, Lost, Process, Protocol, Role, Start, State,
-    StateAt, TcpState,
+    Alert, Cause, Close, ClosedBy, Event, Family, Final, FinalSource, How, Http, Lost, Process, Protocol, Role, Start,
+    State, StateAt, TcpState,
 };
 use crate::sink::summary::Missed;
 
@@ -55,6 +55,7 @@ enum Entry {
     State(#[serde(with = "StateEntry")] State),
     Lost(Lost),
     End(#[serde(with = "EndEntry")] End),
+    Alert(Alert),
 }
 
 /// The same, as it is written: the variants must stay in the same order.
@@ -66,6 +67,7 @@ enum EntryRef<'a> {
     State(#[serde(with = "StateEntry")] &'a State),
     Lost(&'a Lost),
     End(#[serde(with = "EndEntry")] &'a End),
+    Alert(&'a Alert),
 }
 
 /// [`Close`] without the freedoms of JSON: all fields, in this order.
@@ -125,6 +127,8 @@ pub struct End {
     pub ran: Duration,
     /// What it missed.
     pub missed: Missed,
+    /// Sockets in TIME_WAIT then, if the kernel said.
+    pub time_wait_sockets: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -135,6 +139,7 @@ struct EndEntry {
     ran: Duration,
     #[serde(with = "MissedEntry")]
     missed: Missed,
+    time_wait_sockets: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -199,6 +204,7 @@ impl<W: Write> Recorder<W> {
             Event::CloseWait(open) => EntryRef::CloseWait(open),
             Event::State(state) => EntryRef::State(state),
             Event::Lost(lost) => EntryRef::Lost(lost),
+            Event::Alert(alert) => EntryRef::Alert(alert),
             Event::Summary(_) => return Ok(()),
         })
     }
@@ -557,6 +563,7 @@ impl<R: Read> Reader<R> {
             Entry::CloseWait(open) => Event::CloseWait(Box::new(open)),
             Entry::State(state) => Event::State(Box::new(state)),
             Entry::Lost(lost) => Event::Lost(lost),
+            Entry::Alert(alert) => Event::Alert(Box::new(alert)),
             Entry::End(end) => {
                 let mut more = [0];
                 if self.at < self.block.len() || fill(&mut self.input, &mut more).map_err(Unreadable::Io)? > 0 {

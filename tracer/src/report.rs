@@ -7,17 +7,16 @@
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::event::{Event, Process, Summary};
+use crate::event::{Event, Process};
 use crate::preflight::{Refusal, exit};
 use crate::record::{End, Reader, Recorded, Unreadable, create_private};
-use crate::run::count;
-use crate::sink::summary::{Missed, Summarizer};
+use crate::sink::summary::{About, Missed, Moment, Summarizer};
 use crate::sink::{Page, Sink};
 
 /// What is read, and what is made of it.
@@ -45,7 +44,7 @@ pub enum Output {
     },
 }
 
-/// Which recorded events are reported: those that pass each kind of filter that is given. Losses always are.
+/// Which recorded events are reported: those that pass each kind of filter that is given. Losses and alerts always are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     /// Process ids, of the owner or of who closed. Who descends from whom is not recorded.
@@ -66,7 +65,7 @@ impl Filter {
                 ([close.local.port(), close.remote.port()], [close.process.as_ref(), close.closer.as_ref()])
             }
             Event::State(state) => ([state.local.port(), state.remote.port()], [state.process.as_ref(), None]),
-            Event::Start(_) | Event::Lost(_) | Event::Summary(_) => return true,
+            Event::Start(_) | Event::Lost(_) | Event::Alert(_) | Event::Summary(_) => return true,
         };
         let is_one = |wanted: &dyn Fn(&Process) -> bool| processes.iter().flatten().any(|process| wanted(process));
         (self.ports.is_empty() || ports.iter().any(|port| self.ports.contains(port)))
@@ -133,7 +132,8 @@ pub fn replay<R: io::Read>(
     filter: &Filter,
     mut each: impl FnMut(&Event) -> io::Result<()>,
 ) -> io::Result<Option<Unreadable>> {
-    let mut summary = Summarizer::new();
+    let began = Instant::now();
+    let mut summary = Summarizer::new(began, false, None);
     let mut seen = Seen::default();
     loop {
         let (end, unreadable) = match reader.next() {
@@ -141,9 +141,10 @@ pub fn replay<R: io::Read>(
                 seen.event(&event);
                 if let Event::Start(start) = &mut event {
                     start.filters.extend_from_slice(&filter.shown);
+                    summary.limit(start.time_wait_max);
                 }
                 if filter.passes(&event) {
-                    count(&mut summary, &event);
+                    summary.event(&event);
                     each(&event)?;
                 }
                 continue;
@@ -152,8 +153,13 @@ pub fn replay<R: io::Read>(
             Ok(None) => (seen.end(), None),
             Err(why) => (seen.end(), Some(why)),
         };
-        let summary: Summary = summary.finish(end.time, end.ran, end.missed);
-        each(&Event::Summary(summary))?;
+        let moment = Moment {
+            time: end.time,
+            now: began + end.ran,
+            missed: end.missed,
+            time_wait_sockets: end.time_wait_sockets,
+        };
+        each(&Event::Summary(Box::new(summary.summary(About::Run, &moment))))?;
         return Ok(unreadable);
     }
 }
@@ -172,6 +178,7 @@ impl Seen {
             Event::Start(start) => start.time,
             Event::Close(close) | Event::CloseWait(close) => close.time,
             Event::State(state) => state.time,
+            Event::Alert(alert) => alert.time,
             Event::Lost(lost) => {
                 self.lost = self.lost.saturating_add(lost.records);
                 lost.time
@@ -186,6 +193,6 @@ impl Seen {
         let time = self.last.unwrap_or(Timestamp::UNIX_EPOCH);
         let ran = time.duration_since(self.first.unwrap_or(time));
         let ran = Duration::try_from(ran).unwrap_or(Duration::ZERO);
-        End { time, ran, missed: Missed { lost: self.lost, untracked: 0 } }
+        End { time, ran, missed: Missed { lost: self.lost, untracked: 0 }, time_wait_sockets: None }
     }
 }

@@ -4,7 +4,7 @@
 //! them is a bounded queue: when stdout is not read, this thread stops reading, the ring buffer fills, and the programs
 //! count what they lose. The traced host is never blocked, and a signal is always heard.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,10 @@ use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
 use crate::record::{self, Recording};
+use crate::reporter::{self, Batch, Reporter, Wanted};
 use crate::ring::{Ring, watch};
 use crate::sink::Sink;
-use crate::sink::summary::{Missed, Summarizer};
+use crate::sink::summary::{Missed, Moment};
 use crate::time_wait::SockDiag;
 
 /// What to trace, and how to print it.
@@ -36,6 +37,8 @@ pub struct Options {
     pub filters: Vec<String>,
     /// End by itself after this time.
     pub duration: Option<Duration>,
+    /// Summaries in between, and alerts.
+    pub wanted: Wanted,
     /// How to print.
     pub sink: Sink,
     /// Where to record it, too.
@@ -75,6 +78,7 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
     // Handlers first: a signal during the start must end it like any other.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut summary_wanted = signal(SignalKind::user_defined1())?;
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
@@ -98,9 +102,11 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
     }
     let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states);
 
-    let (queue, batches) = mpsc::channel::<Vec<Event>>(QUEUE);
+    let (queue, batches) = mpsc::channel::<Batch>(QUEUE);
     let records = recording.is_some();
-    let writer = Writer::start(options.sink, recording, batches, began)?;
+    let every = options.wanted.every;
+    let reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max());
+    let writer = Writer::start(reporter, batches, records)?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -109,6 +115,7 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
         filters: options.filters,
         hooks: kernel.hooks.clone(),
         time_wait: time_wait_sockets(),
+        time_wait_max: time_wait_max(),
         degraded,
     });
     let mut losses = Losses { missed: Missed::default(), since: Timestamp::now() };
@@ -116,6 +123,11 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut close_wait_check = tokio::time::interval(close_wait_period(options.ask.close_wait_after));
     close_wait_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut summary_ticks = every.map(|every| {
+        let mut ticks = tokio::time::interval_at((began + every).into(), every);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        ticks
+    });
     let closed = stdout_closed();
     tokio::pin!(closed);
     let end = async {
@@ -129,9 +141,11 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
     let mut events = vec![start];
     // When what was sent must be in the recording.
     let mut flush_at = None;
+    // What the writer is asked for, behind these.
+    let mut ask = None;
     let outcome = loop {
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
-        let full = !events.is_empty();
+        let full = !events.is_empty() || ask.is_some();
         let poll_at = connections.next_poll();
         tokio::select! {
             biased;
@@ -141,12 +155,23 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
             () = &mut closed => break Ok(()),
             permit = queue.reserve(), if full => match permit {
                 Ok(permit) => {
-                    permit.send(std::mem::take(&mut events));
+                    permit.send(Batch { events: std::mem::take(&mut events), ask: ask.take() });
                     flush_at = flush_at.or_else(|| records.then(|| Instant::now() + record::FLUSH_AFTER));
                 }
                 // The writer has ended: stdout is closed, or failed; it says which.
                 Err(_) => break Ok(()),
             },
+            _ = summary_wanted.recv(), if !full => {
+                ask = Some((reporter::Ask::Now, moment(losses.missed)));
+            }
+            () = tick(&mut summary_ticks), if !full => {
+                ask = Some((reporter::Ask::Every, moment(losses.missed)));
+            }
+            // Before the ring: alerts are for when there is always something in it.
+            _ = loss_check.tick(), if !full => {
+                losses.check(&kernel, &mut events)?;
+                ask = Some((reporter::Ask::Check, moment(losses.missed)));
+            }
             ready = ring.ready(), if !full => {
                 ready?;
                 connections.set_clock();
@@ -158,10 +183,7 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
             }
             () = until(flush_at), if flush_at.is_some() => {
                 // An empty batch asks for it.
-                flush_at = queue.try_send(Vec::new()).is_err().then(|| Instant::now() + FLUSH_AGAIN);
-            }
-            _ = loss_check.tick(), if !full => {
-                losses.check(&kernel, &mut events)?;
+                flush_at = queue.try_send(Batch::default()).is_err().then(|| Instant::now() + FLUSH_AGAIN);
             }
             _ = close_wait_check.tick(), if !full => {
                 if let Err(error) = kernel.look_for_close_wait() {
@@ -198,6 +220,16 @@ fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, events: &m
         Ok(fact) => connections.fact(fact, now, events),
         Err(error) => warn!("the kernel programs wrote something that is no record: {error}"),
     })
+}
+
+/// Never, if no summaries are wanted in between.
+async fn tick(ticks: &mut Option<tokio::time::Interval>) {
+    match ticks {
+        Some(ticks) => {
+            ticks.tick().await;
+        }
+        None => std::future::pending().await,
+    }
 }
 
 async fn until(at: Option<Instant>) {
@@ -255,69 +287,61 @@ fn time_wait_sockets() -> Option<u64> {
     words.nth(1)?.parse().ok()
 }
 
+/// How many there may be.
+fn time_wait_max() -> Option<u64> {
+    std::fs::read_to_string("/proc/sys/net/ipv4/tcp_max_tw_buckets").ok()?.trim().parse().ok()
+}
+
+/// Now, with what was missed up to now.
+fn moment(missed: Missed) -> Moment {
+    Moment { time: Timestamp::now(), now: Instant::now(), missed, time_wait_sockets: time_wait_sockets() }
+}
+
+/// Lets no SIGUSR1 end this process before tracing begins; from then on it asks for a summary.
+pub fn ignore_usr1() {
+    // SAFETY: it is a signal that can be ignored, and no handler is set that could do something wrong.
+    unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+}
+
 /// The thread that formats, records and writes.
 struct Writer {
-    thread: std::thread::JoinHandle<Written>,
-    began: Instant,
+    thread: std::thread::JoinHandle<(Reporter, io::Result<()>)>,
     /// Whether it is recorded, too.
     records: bool,
 }
 
-/// What the writer has when its queue ends, or stdout.
-struct Written {
-    summary: Summarizer,
-    sink: Sink,
-    recording: Option<Recording>,
-    printed: io::Result<()>,
-}
-
 impl Writer {
-    fn start(
-        sink: Sink,
-        recording: Option<Recording>,
-        mut batches: mpsc::Receiver<Vec<Event>>,
-        began: Instant,
-    ) -> io::Result<Self> {
-        let records = recording.is_some();
-        let mut written = Written { summary: Summarizer::new(), sink, recording, printed: Ok(()) };
+    fn start(mut reporter: Reporter, mut batches: mpsc::Receiver<Batch>, records: bool) -> io::Result<Self> {
         let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
+            let mut printed = Ok(());
             while let Some(batch) = batches.blocking_recv() {
-                if let Some(recording) = &mut written.recording {
-                    recording.events(&batch);
+                if printed.is_ok() {
+                    printed = reporter.take(&batch);
+                } else {
+                    reporter.record(&batch.events);
                 }
-                if written.printed.is_ok() {
-                    written.printed = write(&mut written.sink, &batch, &mut written.summary);
-                }
-                if written.printed.is_err() {
+                if printed.is_err() {
                     // Nothing more is sent, and tracing ends; what is on its way is still recorded.
                     batches.close();
                 }
             }
-            written
+            (reporter, printed)
         })?;
-        Ok(Self { thread, began, records })
+        Ok(Self { thread, records })
     }
 
     /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
-    async fn end(self, queue: mpsc::Sender<Vec<Event>>, rest: Vec<Event>, missed: Missed) -> Result<()> {
-        let Self { thread, began, records } = self;
+    async fn end(self, queue: mpsc::Sender<Batch>, rest: Vec<Event>, missed: Missed) -> Result<()> {
+        let Self { thread, records } = self;
         let finish = tokio::task::spawn_blocking(move || {
             // Fails only where stdout has failed, which is said below; it is still recorded.
-            let unsent = queue.blocking_send(rest).err().map(|unsent| unsent.0);
+            let unsent = queue.blocking_send(Batch { events: rest, ask: None }).err().map(|unsent| unsent.0.events);
             drop(queue);
-            let Written { summary, mut sink, mut recording, printed } =
-                thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
-            let (time, ran) = (Timestamp::now(), began.elapsed());
-            if let Some(recording) = &mut recording {
-                recording.events(&unsent.unwrap_or_default());
-                recording.end(&record::End { time, ran, missed });
-            }
-            let printed = printed.and_then(|()| {
-                let summary = Event::Summary(summary.finish(time, ran, missed));
-                write(&mut sink, &[summary], &mut Summarizer::new())
-            });
+            let (mut reporter, printed) = thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
+            reporter.record(&unsent.unwrap_or_default());
+            let printed = reporter.finish(printed, &moment(missed));
             // Last, as the disk may not answer.
-            let recorded = recording.is_none_or(Recording::finish);
+            let recorded = reporter.finish_recording();
             Ok::<_, io::Error>((recorded, printed))
         });
         match tokio::time::timeout(GRACE, finish).await {
@@ -337,24 +361,6 @@ impl Writer {
                 std::process::exit(code.into());
             }
         }
-    }
-}
-
-fn write(sink: &mut Sink, events: &[Event], summary: &mut Summarizer) -> io::Result<()> {
-    let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
-    for event in events {
-        count(summary, event);
-        sink.event(event, &mut out)?;
-    }
-    out.flush()
-}
-
-/// Adds an event to the summary, live or from a recording.
-pub(crate) fn count(summary: &mut Summarizer, event: &Event) {
-    match event {
-        Event::Close(close) => summary.close(close),
-        Event::CloseWait(_) => summary.close_wait(),
-        _ => {}
     }
 }
 

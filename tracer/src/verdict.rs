@@ -410,15 +410,39 @@ pub fn advice(close: &Close) -> Option<String> {
     Some(fixed.to_owned())
 }
 
-fn response_close_advice(close: &Close) -> String {
-    let http = close.http.as_ref();
-    let old_client = http.is_some_and(|http| {
+/// The end that can change why the connection closed: the one that asked for it, that speaks HTTP/1.0, or that closed first
+/// without being asked. `None` where there is nothing to change, or it is not known who could.
+pub fn at_fault(close: &Close) -> Option<Role> {
+    let status = close.http.as_ref().and_then(|http| http.status);
+    match close.cause {
+        // Whoever closed it: the client opened it.
+        Cause::RequestClose | Cause::Unused => Some(Role::Client),
+        Cause::ResponseClose if is_old_client(close) => Some(Role::Client),
+        // The error is what has to be looked into.
+        Cause::ResponseClose if status.is_some_and(|status| status >= 400) => None,
+        Cause::ResponseClose => Some(Role::Server),
+        Cause::Http10 if is_old_client(close) => Some(Role::Client),
+        Cause::Http10 => Some(Role::Server),
+        Cause::IdleTimeout | Cause::NoReuse => match closing_side(close)? {
+            Side::Server => Some(Role::Server),
+            Side::Client => Some(Role::Client),
+        },
+        _ => None,
+    }
+}
+
+/// The client knows no persistent connections, and the server no other choice.
+fn is_old_client(close: &Close) -> bool {
+    close.http.as_ref().is_some_and(|http| {
         http.request_version == Some(HttpVersion::V10)
             && !http.request_connection.is_some_and(Connection::is_keep_alive)
-    });
+    })
+}
+
+fn response_close_advice(close: &Close) -> String {
+    let http = close.http.as_ref();
     match http.and_then(|http| http.status) {
-        // The server had no other choice.
-        _ if old_client => "HTTP/1.0 client, no keep-alive".to_owned(),
+        _ if is_old_client(close) => "HTTP/1.0 client, no keep-alive".to_owned(),
         // An error is often the reason that the server gives the connection up.
         Some(status) if status >= 400 => format!("server answered {status}: Connection: close"),
         _ => "server answered: Connection: close".to_owned(),

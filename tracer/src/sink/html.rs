@@ -16,7 +16,8 @@ use jiff::tz::TimeZone;
 use super::escape::fit;
 use super::text::{cause_word, closed_by_word, elapsed, fate_word};
 use crate::event::{
-    Cause, Close, Event, Final, FinalSource, Group, Http, Lost, Process, Role, Start, Summary, TcpState,
+    Alert, AlertState, Cause, Close, Event, Final, FinalSource, Group, Http, Lost, Metric, Process, Role, Start,
+    Summary, TcpState,
 };
 use crate::verdict;
 
@@ -77,6 +78,7 @@ pub struct Page {
     zone: TimeZone,
     start: Option<Start>,
     lost: Vec<Lost>,
+    alerts: Vec<Alert>,
     /// Time-ordered, as far as the recording is.
     timeline: Timeline,
     total: Tally,
@@ -346,6 +348,7 @@ impl Page {
             zone,
             start: None,
             lost: Vec::new(),
+            alerts: Vec::new(),
             timeline: Timeline { begin: None, width: 1, buckets: Vec::new() },
             total: Tally::default(),
             processes: Counter::new(),
@@ -374,6 +377,11 @@ impl Page {
             Event::Lost(lost) => {
                 if self.lost.len() < LISTED {
                     self.lost.push(lost.clone());
+                }
+            }
+            Event::Alert(alert) => {
+                if self.alerts.len() < LISTED {
+                    self.alerts.push(Alert::clone(alert));
                 }
             }
             Event::State(_) | Event::Summary(_) => {}
@@ -552,6 +560,18 @@ impl Page {
                 Number(summary.untracked)
             )?;
         }
+        for alert in &self.alerts {
+            let (what, unit) = match alert.metric {
+                Metric::TimeWait => ("sockets in TIME_WAIT", ""),
+                Metric::Rate => ("TIME_WAIT made", " a second"),
+            };
+            let became = match alert.state {
+                AlertState::Raised => "Alert",
+                AlertState::Cleared => "Alert over",
+            };
+            let (time, value, limit) = (Time(alert.time, &self.zone), alert.value, alert.limit);
+            writeln!(out, "<p class=note><b>{became}</b> {time}: {value:.1} {what}{unit}, the limit is {limit}.</p>")?;
+        }
         for missing in self.start.iter().flat_map(|start| &start.degraded).take(LISTED) {
             writeln!(out, "<p class=note>{}</p>", Long(missing))?;
         }
@@ -612,6 +632,13 @@ impl Page {
             out.push('\n');
         }
         out.push_str("</table></div>\n");
+        if !summary.advice.is_empty() {
+            out.push_str("<h2>Who can change what</h2>\n<ul>\n");
+            for advice in &summary.advice {
+                writeln!(out, "<li>{}", Long(&advice.text))?;
+            }
+            out.push_str("</ul>\n");
+        }
         Ok(())
     }
 

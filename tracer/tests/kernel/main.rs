@@ -27,5 +27,6 @@ mod servers;
 mod snapshot;
 mod sockets;
 mod states;
+mod summary;
 mod web;
 mod wire;
