@@ -367,7 +367,7 @@ pub(super) const fn cause_word(cause: Cause) -> &'static str {
     }
 }
 
-const fn state_word(state: TcpState) -> &'static str {
+pub(super) const fn state_word(state: TcpState) -> &'static str {
     match state {
         TcpState::Established => "ESTABLISHED",
         TcpState::SynSent => "SYN_SENT",
