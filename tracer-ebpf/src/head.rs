@@ -380,10 +380,7 @@ pub fn lose<const D: usize>(http: &mut Http) {
 pub fn miss<const D: usize>(http: &mut Http) {
     stream(http, D).missed = 1;
     let kind = stream(http, D).kind;
-    flag_lost(http, kind);
-    if kind == kind::REQUESTS && http.exchange.request_connection & token::COMPLETE != 0 {
-        http.exchange.request_connection = 0;
-    }
+    tell_lost(http, kind);
 }
 
 /// Puts bytes aside that came too early: others before them, which are not part of a body, have not come yet. The segments
@@ -1060,8 +1057,14 @@ fn decide(http: &mut Http, direction: usize, kind: u8) {
 #[inline(always)]
 fn lose_direction(http: &mut Http, direction: usize) {
     let s = stream(http, direction);
-    let kind = s.kind;
     s.phase = phase::LOST;
+    let kind = s.kind;
+    tell_lost(http, kind);
+}
+
+/// Takes back what is not known if a part of a direction was not seen.
+#[inline(always)]
+fn tell_lost(http: &mut Http, kind: u8) {
     flag_lost(http, kind);
     if kind == kind::REQUESTS {
         // There may have been further requests, so what is known of a whole head is not known of the last one.

@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, ColorChoice, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
+use crate::event::Cause;
 use crate::report::Filter;
 
 const EXAMPLES: &str = "\
@@ -58,6 +59,16 @@ Exit codes:
   1  it is no recording, or a newer tracer made it, or stdout could not be written
   2  bad usage
   8  the recording is incomplete: it could not be read to its end";
+
+const EXPLAIN: &str = "\
+Examples:
+  tracer explain request_close     what it means, how to confirm it by hand, and what to change
+  tracer explain | less            all causes
+
+Exit codes:
+  0  printed
+  1  stdout could not be written
+  2  bad usage; also a cause that does not exist";
 
 const COMPLETIONS: &str = "\
 Examples:
@@ -116,6 +127,40 @@ impl From<Color> for anstream::ColorChoice {
     }
 }
 
+impl From<Color> for ColorChoice {
+    fn from(color: Color) -> Self {
+        match color {
+            Color::Auto => Self::Auto,
+            Color::Always => Self::Always,
+            Color::Never => Self::Never,
+        }
+    }
+}
+
+/// Parses the arguments of this process. Where they ask for help, or are refused, it prints that, coloured as they say, and
+/// ends the process.
+pub fn parse() -> Cli {
+    let color = color_choice(std::env::args_os());
+    let mut matches = Cli::command().color(color).get_matches();
+    Cli::from_arg_matches_mut(&mut matches)
+        .unwrap_or_else(|error| error.format(&mut Cli::command().color(color)).exit())
+}
+
+/// What `--color` says. The parser prints its help while it parses, so it must know this before. It refuses `--color` as
+/// the value of another option, so what looks like the option is it.
+fn color_choice(args: impl Iterator<Item = OsString>) -> ColorChoice {
+    let mut args = args.skip(1).take_while(|arg| arg != "--");
+    let mut found = None;
+    while let (None, Some(arg)) = (&found, args.next()) {
+        found = match arg.to_str().and_then(|arg| arg.strip_prefix("--color")) {
+            Some("") => args.next(),
+            Some(value) => value.strip_prefix('=').map(Into::into),
+            None => None,
+        };
+    }
+    found.and_then(|value| Color::from_str(value.to_str()?, false).ok()).map_or(ColorChoice::Auto, Into::into)
+}
+
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -127,6 +172,12 @@ pub enum Command {
     /// Print what a recording holds (tracer run --record), or make a page of it
     #[command(after_help = REPORT)]
     Report(Report),
+    /// Explain a cause: what it means, how to confirm it by hand, and what to change in common servers and clients
+    #[command(after_help = EXPLAIN)]
+    Explain {
+        /// The cause, as the output names it; without it all are explained
+        cause: Option<Cause>,
+    },
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS)]
     Completions {
@@ -342,7 +393,6 @@ fn rate(text: &str) -> Result<f64, &'static str> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
     use clap::error::ErrorKind;
 
     use super::*;
@@ -435,6 +485,36 @@ mod tests {
             assert_eq!(Cli::try_parse_from(args).expect("options").color, Color::Never);
         }
         assert_eq!(Cli::try_parse_from(["tracer", "run"]).expect("options").color, Color::Auto);
+    }
+
+    #[test]
+    fn colour_is_known_before_the_rest() {
+        let choice = |args: &str| color_choice(args.split(' ').map(OsString::from));
+        for (args, expected) in [
+            ("tracer run", ColorChoice::Auto),
+            ("tracer --color never --help", ColorChoice::Never),
+            ("tracer run --color=always --nonsense", ColorChoice::Always),
+            ("tracer --color sometimes", ColorChoice::Auto),
+            ("tracer run --color", ColorChoice::Auto),
+            ("tracer run --colored never", ColorChoice::Auto),
+            ("tracer run -- --color never", ColorChoice::Auto),
+            ("--color never tracer", ColorChoice::Auto),
+        ] {
+            assert_eq!(choice(args), expected, "{args}");
+        }
+    }
+
+    #[test]
+    fn a_cause_to_explain() {
+        let parsed = |args: &[&str]| match Cli::try_parse_from(["tracer", "explain"].iter().chain(args))?.command {
+            Command::Explain { cause } => Ok::<_, clap::Error>(cause),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(parsed(&[]).expect("options"), None);
+        assert_eq!(parsed(&["reset_by_peer"]).expect("options"), Some(Cause::ResetByPeer));
+        for args in [&["reset-by-peer"][..], &["Timeout"], &[""], &["h2", "tls"]] {
+            assert_eq!(parsed(args).expect_err("refused").exit_code(), 2, "{args:?}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 
+use clap::ValueEnum;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -339,8 +340,9 @@ impl<'de> Deserialize<'de> for Connection {
 }
 
 /// Why the connection closed: the closed set. The first rule that fits wins, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Cause {
     /// Ended by a time-out (retransmission, keep-alive probe, user time-out).
     Timeout,

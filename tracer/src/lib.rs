@@ -9,6 +9,7 @@ pub mod decode;
 pub mod demo;
 pub mod descendants;
 pub mod event;
+pub mod explain;
 pub mod kernel;
 pub mod manual;
 pub mod offsets;

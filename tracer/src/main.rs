@@ -5,19 +5,17 @@ use std::process::ExitCode;
 
 use anstream::{AutoStream, ColorChoice};
 use anyhow::{Context as _, Result};
-use clap::Parser as _;
 use tracer::alert::Watch;
 use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::reporter::Wanted;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, manual, record, report, run, snapshot};
+use tracer::{demo, descendants, explain, manual, record, report, run, snapshot};
 
 fn main() -> ExitCode {
     run::ignore_usr1();
-    let cli = Cli::parse();
-    match start(cli) {
+    match start(cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing is left to be done where stderr is closed, too.
@@ -35,6 +33,10 @@ fn start(cli: Cli) -> Result<()> {
             snapshot::run(arguments.json, styled(cli.color.into()))
         }
         Command::Report(arguments) => tell(arguments, cli.color.into()),
+        Command::Explain { cause } => {
+            let styled = styled(cli.color.into());
+            print(|out| explain::explain(cause, styled, out))
+        }
         Command::Completions { shell } => print(|out| manual::completions(shell, out)),
         Command::Man => print(manual::man),
         Command::DemoServer => Ok(demo::serve()?),
