@@ -7,8 +7,9 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
-use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::filter;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -16,12 +17,14 @@ Examples:
   sudo tracer run --demo               the same, with something to see at once
   sudo tracer run --pid 1234           only that process and its descendants
   sudo tracer run --port 8080 --json   as JSON, one object a line
+  sudo tracer run --final time_wait --peer 10.0.0.0/8
+                                       only what leaves TIME_WAIT, of connections with that network
   sudo tracer snapshot                 the sockets now, and which destinations run out of ports
 
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
   1  failed while running
-  2  bad usage; also a process id that does not exist
+  2  bad usage; also a filter that can match nothing, such as a process id that does not exist
   3  not enough privileges
   4  the kernel lacks something that is needed: it is too old, or was built without
   5  the kernel has no BTF
@@ -93,15 +96,9 @@ pub struct Run {
     /// Print each change of a connection's state as well
     #[arg(long)]
     pub states: bool,
-    /// Only this process, its threads and its descendants; may be repeated
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..=i64::from(i32::MAX)))]
-    pub pid: Vec<u32>,
-    /// Only connections with this local or remote port; may be repeated
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
-    pub port: Vec<u16>,
-    /// Only processes of this name; may be repeated. The kernel keeps 15 bytes of a name, so do we
-    #[arg(long, value_name = "NAME", value_parser = OsStringValueParser::new().try_map(Comm::new))]
-    pub comm: Vec<Comm>,
+    /// What to report.
+    #[command(flatten)]
+    pub filter: Box<filter::Args>,
     /// End after this time: 10s, 500ms, 1m, 1h, or a number of seconds
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub duration: Option<Duration>,
@@ -131,10 +128,7 @@ pub struct Snapshot {
 impl Run {
     /// The filters as on the command line, for the `start` event.
     pub fn filters(&self) -> Vec<String> {
-        let pids = self.pid.iter().map(|pid| format!("--pid {pid}"));
-        let ports = self.port.iter().map(|port| format!("--port {port}"));
-        let comms = self.comm.iter().map(|comm| format!("--comm {comm}"));
-        pids.chain(ports).chain(comms).collect()
+        self.filter.shown()
     }
 }
 
@@ -145,7 +139,7 @@ pub struct Comm(pub [u8; 16]);
 impl Comm {
     // By value, as the parser gives it.
     #[expect(clippy::needless_pass_by_value, reason = "the signature that clap asks for")]
-    fn new(name: OsString) -> Result<Self, &'static str> {
+    pub(crate) fn new(name: OsString) -> Result<Self, &'static str> {
         let name = name.as_bytes();
         if name.is_empty() {
             return Err("a name cannot be empty");
@@ -183,7 +177,7 @@ fn ring_size(text: &str) -> Result<u32, String> {
 }
 
 /// A number with an optional fraction and an optional unit.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 
+use clap::ValueEnum;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -103,7 +104,8 @@ pub struct Process {
 }
 
 /// Who sent the first FIN or RST.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, ValueEnum)]
+#[value(rename_all = "lower")]
 #[serde(rename_all = "lowercase")]
 pub enum ClosedBy {
     /// This end.
@@ -129,7 +131,8 @@ pub enum How {
 }
 
 /// What is left of the connection at this end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, ValueEnum)]
+#[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub enum Final {
     /// A TIME_WAIT socket.
@@ -301,7 +304,8 @@ impl Serialize for Connection {
 }
 
 /// Why the connection closed: the closed set. The first rule that fits wins, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, ValueEnum)]
+#[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// Ended by a time-out (retransmission, keep-alive probe, user time-out).

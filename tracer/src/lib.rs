@@ -8,6 +8,7 @@ pub mod decode;
 pub mod demo;
 pub mod descendants;
 pub mod event;
+pub mod filter;
 pub mod kernel;
 pub mod offsets;
 pub mod preflight;
