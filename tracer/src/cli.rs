@@ -8,11 +8,11 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, ColorChoice, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 use crate::event::Cause;
-use crate::report::Filter;
+
+use crate::filter;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +20,8 @@ Examples:
   sudo tracer run --demo               the same, with something to see at once
   sudo tracer run --pid 1234           only that process and its descendants
   sudo tracer run --port 8080 --json   as JSON, one object a line
+  sudo tracer run --final time_wait --peer 10.0.0.0/8
+                                       only what leaves TIME_WAIT, of connections with that network
   sudo tracer snapshot                 the sockets now, and which destinations run out of ports
   sudo tracer run --record today.rec   and keep it
   tracer report today.rec              print it again, on any machine, without root
@@ -28,7 +30,7 @@ Examples:
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
   1  failed while running
-  2  bad usage; also a process id that does not exist
+  2  bad usage; also a filter that can match nothing, such as a process id that does not exist
   3  not enough privileges
   4  the kernel lacks something that is needed: it is too old, or was built without
   5  the kernel has no BTF
@@ -208,15 +210,9 @@ pub struct Run {
     /// Print each change of a connection's state as well
     #[arg(long)]
     pub states: bool,
-    /// Only this process, its threads and its descendants; may be repeated
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..=i64::from(i32::MAX)))]
-    pub pid: Vec<u32>,
-    /// Only connections with this local or remote port; may be repeated
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
-    pub port: Vec<u16>,
-    /// Only processes of this name; may be repeated. The kernel keeps 15 bytes of a name, so do we
-    #[arg(long, value_name = "NAME", value_parser = OsStringValueParser::new().try_map(Comm::new))]
-    pub comm: Vec<Comm>,
+    /// What to report.
+    #[command(flatten)]
+    pub filter: Box<filter::Args>,
     /// End after this time: 10s, 500ms, 1m, 1h, or a number of seconds
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub duration: Option<Duration>,
@@ -267,15 +263,8 @@ pub struct Snapshot {
 impl Run {
     /// The filters as on the command line, for the `start` event.
     pub fn filters(&self) -> Vec<String> {
-        filters(&self.pid, &self.port, &self.comm)
+        self.filter.shown()
     }
-}
-
-fn filters(pids: &[u32], ports: &[u16], comms: &[Comm]) -> Vec<String> {
-    let pids = pids.iter().map(|pid| format!("--pid {pid}"));
-    let ports = ports.iter().map(|port| format!("--port {port}"));
-    let comms = comms.iter().map(|comm| format!("--comm {comm}"));
-    pids.chain(ports).chain(comms).collect()
 }
 
 /// `tracer report`
@@ -293,27 +282,9 @@ pub struct Report {
     /// Replace the file of --html if it exists
     #[arg(long, requires = "html")]
     pub overwrite: bool,
-    /// Only this process, not its descendants; may be repeated
-    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..=i64::from(i32::MAX)))]
-    pub pid: Vec<u32>,
-    /// Only connections with this local or remote port; may be repeated
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
-    pub port: Vec<u16>,
-    /// Only processes of this name; may be repeated
-    #[arg(long, value_name = "NAME", value_parser = OsStringValueParser::new().try_map(Comm::new))]
-    pub comm: Vec<Comm>,
-}
-
-impl Report {
-    /// What of the recording is reported.
-    pub fn filter(&self) -> Filter {
-        Filter {
-            pids: self.pid.clone(),
-            ports: self.port.clone(),
-            comms: self.comm.iter().map(ToString::to_string).collect(),
-            shown: filters(&self.pid, &self.port, &self.comm),
-        }
-    }
+    /// What of it is reported.
+    #[command(flatten)]
+    pub filter: Box<filter::Args>,
 }
 
 /// The name of a process as the kernel keeps it: at most 15 bytes, padded with NUL.
@@ -323,7 +294,7 @@ pub struct Comm(pub [u8; 16]);
 impl Comm {
     // By value, as the parser gives it.
     #[expect(clippy::needless_pass_by_value, reason = "the signature that clap asks for")]
-    fn new(name: OsString) -> Result<Self, &'static str> {
+    pub(crate) fn new(name: OsString) -> Result<Self, &'static str> {
         let name = name.as_bytes();
         if name.is_empty() {
             return Err("a name cannot be empty");
@@ -361,7 +332,7 @@ fn ring_size(text: &str) -> Result<u32, String> {
 }
 
 /// A number with an optional fraction and an optional unit.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -467,9 +438,10 @@ mod tests {
             other => panic!("{other:?}"),
         };
         let report = parsed(&["a.rec", "--port", "80", "--comm", "a-very-long-name-of-a-process", "--html", "a.html"]);
-        let filter = report.expect("options").filter();
+        let args = report.expect("options").filter;
+        let filter = args.on_record().expect("it can match");
         assert_eq!((filter.ports, filter.comms), (vec![80], vec!["a-very-long-nam".to_owned()]));
-        assert_eq!(filter.shown, ["--port 80", "--comm a-very-long-nam"]);
+        assert_eq!(args.shown(), ["--port 80", "--comm a-very-long-nam"]);
         let refused: [&[&str]; 4] =
             [&[], &["a.rec", "b.rec"], &["a.rec", "--json", "--html", "b"], &["a.rec", "--overwrite"]];
         for args in refused {

@@ -10,14 +10,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
+use ipnet::IpNet;
 use log::{Log, debug};
 use tracer_ebpf::{Config, Offsets, counter, filter};
 
 use crate::descendants;
+use crate::filter::{Filter, prefixes};
 use crate::preflight::Refusal;
 
 /// The programs. Committed, so that building tracer needs no BPF toolchain; `TRACER_BPF_OBJECT` at build time names
@@ -33,6 +36,14 @@ pub struct Ask {
     pub ports: Vec<u16>,
     /// Process names, NUL-padded. Empty: all.
     pub comms: Vec<[u8; 16]>,
+    /// Networks of the remote address. Empty: all.
+    pub peers: Vec<IpNet>,
+    /// Networks of the local address. Empty: all.
+    pub locals: Vec<IpNet>,
+    /// Inode numbers of network namespaces. Empty: all.
+    pub netns: Vec<u32>,
+    /// How long a connection must have been open for its end to be reported, microseconds; not with `states`.
+    pub min_duration_us: Option<u64>,
     /// A record for every transition.
     pub states: bool,
     /// Keep the query string of targets.
@@ -41,6 +52,21 @@ pub struct Ask {
     pub close_wait_after: Duration,
     /// Size of the ring buffer, bytes: a power of two, and at least a page.
     pub ring_bytes: u32,
+}
+
+impl Ask {
+    /// What a filter asks of the programs, but for names.
+    pub fn of(filter: &Filter) -> Self {
+        Self {
+            pids: filter.pids.clone(),
+            ports: filter.ports.clone(),
+            peers: filter.peers.clone(),
+            locals: filter.locals.clone(),
+            netns: filter.netns.clone(),
+            min_duration_us: filter.min_us,
+            ..Self::default()
+        }
+    }
 }
 
 /// What [`Kernel::attach`] gives.
@@ -99,6 +125,9 @@ impl Kernel {
                 (!ask.pids.is_empty(), filter::PID),
                 (!ask.ports.is_empty(), filter::PORT),
                 (!ask.comms.is_empty(), filter::COMM),
+                (!ask.peers.is_empty(), filter::PEER),
+                (!ask.locals.is_empty(), filter::LOCAL),
+                (!ask.netns.is_empty(), filter::NETNS),
             ]
             .into_iter()
             .filter_map(|(on, bit)| on.then_some(bit))
@@ -106,6 +135,7 @@ impl Kernel {
             states: ask.states.into(),
             full_target: ask.full_target.into(),
             close_wait_ns: u64::try_from(ask.close_wait_after.as_nanos()).unwrap_or(u64::MAX),
+            min_duration_ns: ask.min_duration_us.filter(|_| !ask.states).unwrap_or(0).saturating_mul(1000),
             _pad: 0,
         };
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
@@ -119,6 +149,9 @@ impl Kernel {
         let log = EbpfLogger::init(&mut ebpf).context("cannot read the programs' log")?;
 
         fill(&mut ebpf, "PORTS", &ask.ports.iter().map(|port| (*port, 1u8)).collect::<Vec<_>>())?;
+        fill(&mut ebpf, "NETNS", &ask.netns.iter().map(|netns| (*netns, 1u8)).collect::<Vec<_>>())?;
+        fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
+        fill_prefixes(&mut ebpf, "LOCALS", &ask.locals)?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
 
         let mut hooks = Vec::new();
@@ -210,6 +243,16 @@ fn fill<K: aya::Pod, V: aya::Pod>(ebpf: &mut Ebpf, name: &str, entries: &[(K, V)
     let mut map = HashMap::<_, K, V>::try_from(map)?;
     for (key, value) in entries {
         map.insert(key, value, 0).with_context(|| format!("{} entries are too many for map {name}", entries.len()))?;
+    }
+    Ok(())
+}
+
+fn fill_prefixes(ebpf: &mut Ebpf, name: &str, networks: &[IpNet]) -> Result<()> {
+    let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
+    let mut map = LpmTrie::<_, [u8; 16], u8>::try_from(map)?;
+    for (bits, address, is_wanted) in prefixes(networks) {
+        map.insert(&Key::new(bits, address), u8::from(is_wanted), 0)
+            .with_context(|| format!("{} networks are too many for map {name}", networks.len()))?;
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod descendants;
 pub mod event;
 pub mod explain;
+pub mod filter;
 pub mod kernel;
 pub mod manual;
 pub mod offsets;

@@ -64,19 +64,20 @@ fn log_to_stderr() {
 fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
     log_to_stderr();
     // Before anything else, so that a mistyped number needs no privileges to be found.
-    descendants::of(&arguments.pid).map_err(Refusal::no_such_process)?;
+    let filter = arguments.filter.resolve(arguments.duration)?;
+    descendants::of(&filter.pids).map_err(Refusal::no_such_process)?;
     let sink = if arguments.json { Sink::json() } else { Sink::text(styled(color)) };
     let mut options = run::Options {
         filters: arguments.filters(),
         ask: Ask {
-            pids: arguments.pid,
-            ports: arguments.port,
-            comms: arguments.comm.iter().map(|comm| comm.0).collect(),
+            comms: arguments.filter.comm.iter().map(|comm| comm.0).collect(),
             states: arguments.states,
             full_target: arguments.full_target,
             close_wait_after: arguments.close_wait_after,
             ring_bytes: arguments.ring_size,
+            ..Ask::of(&filter)
         },
+        filter: filter.beyond_kernel(arguments.states),
         duration: arguments.duration,
         wanted: Wanted {
             every: arguments.every,
@@ -97,13 +98,14 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
 }
 
 fn tell(arguments: cli::Report, color: ColorChoice) -> Result<()> {
-    let filter = arguments.filter();
+    let filter = arguments.filter.on_record()?;
+    let filters = arguments.filter.shown();
     let output = match arguments.html {
         Some(path) => report::Output::Html { path, overwrite: arguments.overwrite },
         None if arguments.json => report::Output::Print(Sink::json()),
         None => report::Output::Print(Sink::text(styled(color))),
     };
-    report::report(report::Options { recording: arguments.recording, filter, output })
+    report::report(report::Options { recording: arguments.recording, filter, filters, output })
 }
 
 fn styled(color: ColorChoice) -> bool {

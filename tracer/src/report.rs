@@ -13,7 +13,8 @@ use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::event::{Event, Process};
+use crate::event::Event;
+use crate::filter::Filter;
 use crate::preflight::{Refusal, exit};
 use crate::record::{End, Reader, Recorded, Unreadable, create_private};
 use crate::sink::summary::{About, Missed, Moment, Summarizer};
@@ -26,6 +27,8 @@ pub struct Options {
     pub recording: PathBuf,
     /// What of it.
     pub filter: Filter,
+    /// The same as on the command line, for the `start` event.
+    pub filters: Vec<String>,
     /// As what.
     pub output: Output,
 }
@@ -44,36 +47,6 @@ pub enum Output {
     },
 }
 
-/// Which recorded events are reported: those that pass each kind of filter that is given. Losses and alerts always are.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Filter {
-    /// Process ids, of the owner or of who closed. Who descends from whom is not recorded.
-    pub pids: Vec<u32>,
-    /// Local or remote ports.
-    pub ports: Vec<u16>,
-    /// Process names, of the owner or of who closed.
-    pub comms: Vec<String>,
-    /// The same as on the command line, for the `start` event.
-    pub shown: Vec<String>,
-}
-
-impl Filter {
-    /// Whether an event is reported.
-    pub fn passes(&self, event: &Event) -> bool {
-        let (ports, processes) = match event {
-            Event::Close(close) | Event::CloseWait(close) => {
-                ([close.local.port(), close.remote.port()], [close.process.as_ref(), close.closer.as_ref()])
-            }
-            Event::State(state) => ([state.local.port(), state.remote.port()], [state.process.as_ref(), None]),
-            Event::Start(_) | Event::Lost(_) | Event::Alert(_) | Event::Summary(_) => return true,
-        };
-        let is_one = |wanted: &dyn Fn(&Process) -> bool| processes.iter().flatten().any(|process| wanted(process));
-        (self.ports.is_empty() || ports.iter().any(|port| self.ports.contains(port)))
-            && (self.pids.is_empty() || is_one(&|process| self.pids.contains(&process.pid)))
-            && (self.comms.is_empty() || is_one(&|process| self.comms.contains(&process.comm)))
-    }
-}
-
 /// Reports; a closed stdout is no error.
 ///
 /// # Errors
@@ -87,7 +60,7 @@ pub fn report(options: Options) -> Result<()> {
     match options.output {
         Output::Print(mut sink) => {
             let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
-            let printed = replay(reader, &options.filter, |event| sink.event(event, &mut out));
+            let printed = replay(reader, &options.filter, &options.filters, |event| sink.event(event, &mut out));
             match printed.and_then(|unreadable| out.flush().map(|()| unreadable)) {
                 Ok(unreadable) => whole(path, unreadable),
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -99,7 +72,7 @@ pub fn report(options: Options) -> Result<()> {
             let mut out = create_private(&to, overwrite).map_err(|error| Refusal::cannot_make(&to, &error))?;
             let mut page = Page::new(TimeZone::system());
             let mut summary = None;
-            let unreadable = replay(reader, &options.filter, |event| {
+            let unreadable = replay(reader, &options.filter, &options.filters, |event| {
                 match event {
                     Event::Summary(last) => summary = Some(last.clone()),
                     event => page.event(event),
@@ -122,7 +95,7 @@ fn whole(path: &Path, unreadable: Option<Unreadable>) -> Result<()> {
     }
 }
 
-/// Gives `each` every event that passes, and last the summary of them; answers why the recording could not be read to its
+/// Gives `each` every event that passes `filter` (`filters` in words), and last the summary of them; answers why the recording could not be read to its
 /// end, if so.
 ///
 /// # Errors
@@ -130,6 +103,7 @@ fn whole(path: &Path, unreadable: Option<Unreadable>) -> Result<()> {
 pub fn replay<R: io::Read>(
     mut reader: Reader<R>,
     filter: &Filter,
+    filters: &[String],
     mut each: impl FnMut(&Event) -> io::Result<()>,
 ) -> io::Result<Option<Unreadable>> {
     let began = Instant::now();
@@ -140,7 +114,7 @@ pub fn replay<R: io::Read>(
             Ok(Some(Recorded::Event(mut event))) => {
                 seen.event(&event);
                 if let Event::Start(start) = &mut event {
-                    start.filters.extend_from_slice(&filter.shown);
+                    start.filters.extend_from_slice(filters);
                     summary.limit(start.time_wait_max);
                 }
                 if filter.passes(&event) {

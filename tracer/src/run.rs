@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::connection::Connections;
 use crate::decode::decode;
 use crate::event::{Event, Lost, Start};
+use crate::filter::Filter;
 use crate::kernel::{Ask, Attached, Counters, Kernel};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
@@ -35,6 +36,8 @@ pub struct Options {
     pub ask: Ask,
     /// The filters as on the command line.
     pub filters: Vec<String>,
+    /// Those of them that the programs do not apply.
+    pub filter: Filter,
     /// End by itself after this time.
     pub duration: Option<Duration>,
     /// Summaries in between, and alerts.
@@ -144,6 +147,7 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
     // What the writer is asked for, behind these.
     let mut ask = None;
     let outcome = loop {
+        events.retain(|event| options.filter.passes(event));
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
         let full = !events.is_empty() || ask.is_some();
         let poll_at = connections.next_poll();
@@ -203,6 +207,7 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
     let now = Instant::now();
     while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
     connections.finish(now, &mut events);
+    events.retain(|event| options.filter.passes(event));
     losses.check(&kernel, &mut events)?;
     writer.end(queue, events, losses.missed).await?;
     outcome

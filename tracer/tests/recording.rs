@@ -16,8 +16,9 @@ use tracer::event::{
     Alert, AlertState, Cause, Close, ClosedBy, Connection, Event, Family, Final, FinalSource, How, Http, HttpVersion,
     Lost, Metric, Process, Protocol, Role, Source, Start, State, StateAt, Summary, TcpState,
 };
+use tracer::filter::Filter;
 use tracer::record::{End, Reader, Recorded, Recorder, Unreadable, VERSION};
-use tracer::report::{Filter, replay};
+use tracer::report::replay;
 use tracer::sink::summary::{About, Missed, Moment, Summarizer};
 use tracer::sink::{Json, Page, Sink, Text};
 
@@ -355,7 +356,7 @@ fn use_all(bytes: &[u8]) {
         let mut sinks = [Sink::Text(Text::new(TimeZone::UTC, true)), Sink::json()];
         let mut summary = None;
         let filter = Filter { ports: if html { Vec::new() } else { vec![8080] }, ..Filter::default() };
-        let ended = replay(reader, &filter, |event| {
+        let ended = replay(reader, &filter, &[], |event| {
             page.event(event);
             if let Event::Summary(last) = event {
                 summary = Some(last.clone());

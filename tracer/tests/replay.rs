@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use tracer::connection::Connections;
 use tracer::decode::{NotARecord, decode};
 use tracer::event::{Cause, Close, Event, Final, How, Lost, Start};
+use tracer::filter;
 use tracer::process::Processes;
 use tracer::sink::summary::{About, Missed, Moment, Summarizer};
 use tracer::sink::{Json, Text};
@@ -620,6 +621,22 @@ proptest! {
     ) {
         bytes[std::mem::offset_of!(Record, kind)] = kind;
         let _ = decode(&bytes);
+    }
+
+    /// Filters are refused that no connection can pass: so none may be refused that one has passed.
+    #[test]
+    fn how_any_record_ended_can_be_asked_for(record in any_record()) {
+        for event in replay(&[record], false) {
+            let (Event::Close(close) | Event::CloseWait(close)) = event else { continue };
+            let args = filter::Args {
+                cause: vec![close.cause],
+                closed_by: vec![close.closed_by],
+                fate: close.fate.into_iter().collect(),
+                ..filter::Args::default()
+            };
+            let filter = args.on_record();
+            prop_assert!(filter.is_ok(), "{:?}", filter);
+        }
     }
 
     #[test]

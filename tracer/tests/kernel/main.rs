@@ -8,6 +8,7 @@ mod classic;
 mod cli;
 mod close_wait;
 mod endings;
+mod filters;
 mod fin_wait2;
 mod heads;
 mod leftovers;

@@ -136,10 +136,10 @@ fn a_user_namespace() {
 }
 
 /// A cgroup in the cgroup-v2 hierarchy; removed at the end.
-struct Cgroup(PathBuf);
+pub(crate) struct Cgroup(pub(crate) PathBuf);
 
 impl Cgroup {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").expect("it can be read");
         let is_v2 = |line: &&str| line.split(' ').nth(2) == Some("cgroup2");
         let root = mounts.lines().find(is_v2).and_then(|line| line.split(' ').nth(1)).expect("cgroup v2 is mounted");
