@@ -114,6 +114,8 @@ pub enum ClosedBy {
     Both,
     /// Nobody: a time-out, or an abort without a segment.
     None,
+    /// This host lacks the hook that would tell.
+    Unobserved,
 }
 
 /// How the connection ended.
@@ -126,6 +128,8 @@ pub enum How {
     Rst,
     /// By a time-out.
     Timeout,
+    /// This host lacks the hook that would tell.
+    Unobserved,
 }
 
 /// What is left of the connection at this end.

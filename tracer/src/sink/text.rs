@@ -381,6 +381,8 @@ const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
         ClosedBy::Remote => "remote",
         ClosedBy::Both => "both",
         ClosedBy::None => "none",
+        // There is no room for its name.
+        ClosedBy::Unobserved => "?",
     }
 }
 

@@ -7,6 +7,7 @@ mod causes;
 mod classic;
 mod cli;
 mod close_wait;
+mod degraded;
 mod endings;
 mod fin_wait2;
 mod heads;
