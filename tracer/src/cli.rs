@@ -17,6 +17,7 @@ Examples:
   sudo tracer run --pid 1234           only that process and its descendants
   sudo tracer run --port 8080 --json   as JSON, one object a line
   sudo tracer snapshot                 the sockets now, and which destinations run out of ports
+  sudo tracer doctor                   what this host has and lacks for it, and how to mend that
 
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
@@ -26,7 +27,8 @@ Exit codes:
   4  the kernel lacks something that is needed: it is too old, or was built without
   5  the kernel has no BTF
   6  no cgroup-v2 hierarchy could be used
-  7  the kernel refused for its security policy (lockdown, seccomp, a security module)";
+  7  the kernel refused for its security policy (lockdown, seccomp, a security module)
+  8  only with doctor --strict: it works, but degraded";
 
 const ABOUT: &str = "\
 Shows who closed each TCP connection first, which process owns it, whether it left TIME_WAIT, and which HTTP Connection \
@@ -72,6 +74,8 @@ pub enum Command {
     Run(Run),
     /// Show the sockets in TIME_WAIT, FIN_WAIT2, CLOSE_WAIT and ESTABLISHED now, and which destinations run out of ports
     Snapshot(Snapshot),
+    /// Find out what this host has and lacks for tracing, and how to mend that; each hook is tried
+    Doctor(Doctor),
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -126,6 +130,18 @@ pub struct Snapshot {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// `tracer doctor`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+#[command(after_help = EXAMPLES)]
+pub struct Doctor {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Exit with code 8 where tracing would work, but degraded
+    #[arg(long)]
+    pub strict: bool,
 }
 
 impl Run {
@@ -260,6 +276,18 @@ mod tests {
             }
         }
         assert_eq!(Cli::try_parse_from(["tracer", "snapshot", "extra"]).expect_err("refused").exit_code(), 2);
+    }
+
+    #[test]
+    fn doctor() {
+        let cases =
+            [(&["tracer", "doctor"][..], false, false), (&["tracer", "doctor", "--json", "--strict"], true, true)];
+        for (args, json, strict) in cases {
+            match Cli::try_parse_from(args).expect("options").command {
+                Command::Doctor(doctor) => assert_eq!(doctor, Doctor { json, strict }),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     #[test]

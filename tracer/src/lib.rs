@@ -7,6 +7,7 @@ pub mod connection;
 pub mod decode;
 pub mod demo;
 pub mod descendants;
+pub mod doctor;
 pub mod event;
 pub mod kernel;
 pub mod offsets;

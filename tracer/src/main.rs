@@ -10,7 +10,7 @@ use tracer::cli::{self, Cli, Command};
 use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, run, snapshot};
+use tracer::{demo, descendants, doctor, run, snapshot};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -30,6 +30,12 @@ fn start(cli: Cli) -> Result<()> {
         Command::Snapshot(arguments) => {
             log_to_stderr();
             snapshot::run(arguments.json, styled(cli.color.into()))
+        }
+        Command::Doctor(arguments) => {
+            log_to_stderr();
+            let code = doctor::run(arguments.json, arguments.strict, styled(cli.color.into()))?;
+            // All is written; what a code says of the host is no error.
+            std::process::exit(code.into())
         }
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),

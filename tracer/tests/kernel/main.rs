@@ -8,6 +8,7 @@ mod classic;
 mod cli;
 mod close_wait;
 mod degraded;
+mod doctor;
 mod endings;
 mod fin_wait2;
 mod heads;
