@@ -26,6 +26,7 @@ Examples:
   sudo tracer run --record today.rec   and keep it
   tracer report today.rec              print it again, on any machine, without root
   sudo tracer run --every 10s          every ten seconds: who closes most, why, and what to change
+  sudo tracer doctor                   what this host has and lacks for it, and how to mend that
 
 Exit codes:
   0  ended: by a signal, after --duration, or because stdout was closed
@@ -36,7 +37,8 @@ Exit codes:
   5  the kernel has no BTF
   6  no cgroup-v2 hierarchy could be used
   7  the kernel refused for its security policy (lockdown, seccomp, a security module)
-  8  a recording is incomplete: it could not be written, or read, to its end";
+  8  a recording is incomplete: it could not be written, or read, to its end
+  9  only with doctor --strict: it works, but degraded";
 
 const SNAPSHOT: &str = "\
 Examples:
@@ -49,6 +51,23 @@ Exit codes:
   2  bad usage
   4  the kernel lacks sock_diag for TCP
   7  the kernel refused for its security policy";
+
+const DOCTOR: &str = "\
+Examples:
+  sudo tracer doctor               what works, what is degraded, what is missing, and how to mend it
+  sudo tracer doctor --json        the same as one JSON object
+  sudo tracer doctor --strict      for scripts: exit code 9 if it works, but degraded
+
+Exit codes:
+  0  it works, or works degraded
+  1  failed, or stdout could not be written
+  2  bad usage
+  3  not enough privileges
+  4  the kernel lacks something that is needed
+  5  the kernel has no BTF
+  6  no cgroup-v2 hierarchy could be used
+  7  the kernel refused for its security policy
+  9  with --strict: it works, but degraded";
 
 const REPORT: &str = "\
 Examples:
@@ -189,6 +208,9 @@ pub enum Command {
     /// Print the man pages
     #[command(after_help = MAN)]
     Man,
+    /// Find out what this host has and lacks for tracing, and how to mend that; each hook is tried
+    #[command(after_help = DOCTOR)]
+    Doctor(Doctor),
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -258,6 +280,18 @@ pub struct Snapshot {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// `tracer doctor`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+#[command(after_help = EXAMPLES)]
+pub struct Doctor {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Exit with code 8 where tracing would work, but degraded
+    #[arg(long)]
+    pub strict: bool,
 }
 
 impl Run {
@@ -449,6 +483,18 @@ mod tests {
         }
         assert_eq!(run(&["--overwrite"]).expect_err("refused").exit_code(), 2);
         assert!(run(&["--record", "a.rec", "--overwrite"]).expect("options").overwrite);
+    }
+
+    #[test]
+    fn doctor() {
+        let cases =
+            [(&["tracer", "doctor"][..], false, false), (&["tracer", "doctor", "--json", "--strict"], true, true)];
+        for (args, json, strict) in cases {
+            match Cli::try_parse_from(args).expect("options").command {
+                Command::Doctor(doctor) => assert_eq!(doctor, Doctor { json, strict }),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     #[test]

@@ -110,6 +110,20 @@ pub struct Socket {
     pub http: Option<Http>,
     /// What the scanner knows beyond [`Http`].
     pub scan: Scan,
+    /// What this host cannot tell of any socket. Not in the record: see [`crate::connection::Connections::blind`].
+    pub blind: Blind,
+}
+
+/// Hooks that could not be attached, where it matters for what is said of a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Blind {
+    /// `tcp_receive_reset`: `rst_received` is never set.
+    pub receive_reset: bool,
+    /// `tcp_send_reset`: `rst_sent` is set only for a RST that answers data after `close`, and [`Fact::ResetAfterEnd`] never
+    /// comes.
+    pub send_reset: bool,
+    /// `sched_process_exit`: `closed_by_exit` is not set where the kernel closes for a process that has ended.
+    pub exits: bool,
 }
 
 /// What the head scanner knows beyond what is printed.
@@ -229,6 +243,7 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
             request_incomplete: exchange.flags & bit::REQUEST_INCOMPLETE != 0,
             upgraded: exchange.flags & bit::UPGRADED != 0,
         },
+        blind: Blind::default(),
     })
 }
 

@@ -120,6 +120,8 @@ pub enum ClosedBy {
     Both,
     /// Nobody: a time-out, or an abort without a segment.
     None,
+    /// This host lacks the hook that would tell.
+    Unobserved,
 }
 
 /// How the connection ended.
@@ -132,6 +134,8 @@ pub enum How {
     Rst,
     /// By a time-out.
     Timeout,
+    /// This host lacks the hook that would tell.
+    Unobserved,
 }
 
 /// What is left of the connection at this end.

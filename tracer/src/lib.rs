@@ -8,6 +8,7 @@ pub mod connection;
 pub mod decode;
 pub mod demo;
 pub mod descendants;
+pub mod doctor;
 pub mod event;
 pub mod explain;
 pub mod filter;

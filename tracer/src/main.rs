@@ -11,7 +11,7 @@ use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::reporter::Wanted;
 use tracer::sink::Sink;
-use tracer::{demo, descendants, explain, manual, record, report, run, snapshot};
+use tracer::{demo, descendants, doctor, explain, manual, record, report, run, snapshot};
 
 fn main() -> ExitCode {
     run::ignore_usr1();
@@ -39,6 +39,12 @@ fn start(cli: Cli) -> Result<()> {
         }
         Command::Completions { shell } => print(|out| manual::completions(shell, out)),
         Command::Man => print(manual::man),
+        Command::Doctor(arguments) => {
+            log_to_stderr();
+            let code = doctor::run(arguments.json, arguments.strict, styled(cli.color.into()))?;
+            // All is written; what a code says of the host is no error.
+            std::process::exit(code.into())
+        }
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),
     }

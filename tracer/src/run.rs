@@ -94,16 +94,14 @@ async fn trace(options: Options, host: preflight::Host, recording: Option<Record
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut sock_diag = SockDiag::new()?;
+    // Without `/proc` its own namespace is not known; the host's check has said so.
+    let mut sock_diag = SockDiag::new().unwrap_or_else(|_| SockDiag::unable());
     if let Err(error) = sock_diag.probe() {
-        let missing = format!(
-            "sock_diag for TCP does not answer ({error}): what is left of a connection whose peer has not closed its end \
-             is unknown; modprobe tcp_diag"
-        );
+        let missing = preflight::without_sock_diag(&error);
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states);
+    let mut connections = Connections::new(Processes::new(), sock_diag, options.ask.states).blind(kernel.blind);
 
     let (queue, batches) = mpsc::channel::<Batch>(QUEUE);
     let records = recording.is_some();

@@ -18,6 +18,7 @@ mod errno {
     pub(super) const EPIPE: u16 = 32;
     pub(super) const ECONNABORTED: u16 = 103;
     pub(super) const ECONNRESET: u16 = 104;
+    pub(super) const ECONNREFUSED: u16 = 111;
     pub(super) const ETIMEDOUT: u16 = 110;
 }
 
@@ -51,6 +52,9 @@ pub enum Fate {
 /// The kernel ends the full socket in the same way for TIME_WAIT, for a reset and for an abort; what tells them apart is
 /// the state before, `sk_err`, and which segments were seen.
 pub fn ending(socket: &Socket) -> Ending {
+    if let Some(open) = left_open(socket) {
+        return open;
+    }
     if reset_arrived(socket) {
         return by_reset(socket, ClosedBy::Remote);
     }
@@ -99,6 +103,49 @@ pub fn ending(socket: &Socket) -> Ending {
         // SYN_SENT: the application gave up, or ICMP refused.
         _ => without_segment(socket),
     }
+}
+
+/// The ending as far as it is known, where a hook that this host lacks would decide it.
+fn left_open(socket: &Socket) -> Option<Ending> {
+    if by_somebodys_reset(socket) {
+        return Some(Ending {
+            how: Some(How::Rst),
+            fate: Fate::Known(Final::Reset, FinalSource::State),
+            ..unobserved(socket)
+        });
+    }
+    // A RST refuses a connection, or ICMP does.
+    let refused = socket.blind.receive_reset
+        && !socket.rst_received
+        && socket.old == TcpState::SynSent
+        && socket.sk_err == errno::ECONNREFUSED;
+    // Before `tcp_abort`, and after a keep-alive probe that ICMP has answered, a RST is sent; or there was nothing to reset,
+    // and the error is an old one.
+    let gave_up = socket.blind.send_reset
+        && !socket.rst_sent
+        && !socket.rst_received
+        && !timed_out(socket)
+        && (aborted(socket) || (socket.old == TcpState::FinWait2 && errno::BY_ICMP.contains(&socket.sk_err)));
+    (refused || gave_up).then(|| unobserved(socket))
+}
+
+/// A RST ended it, but the error does not say whose. The kernel ends a socket in the same way when data comes after its
+/// process had closed it, and then sends one.
+const fn by_somebodys_reset(socket: &Socket) -> bool {
+    socket.blind.receive_reset
+        && !socket.rst_received
+        && !socket.rst_sent
+        && socket.shut_down
+        && matches!(socket.sk_err, errno::ECONNRESET | errno::EPIPE)
+}
+
+/// How a socket ended of which that was not seen.
+pub const fn unobserved(socket: &Socket) -> Ending {
+    let closed_by = match socket.first_end {
+        ClosedBy::None => ClosedBy::Unobserved,
+        seen => seen,
+    };
+    Ending { closed_by, how: Some(How::Unobserved), fate: Fate::Known(Final::Unknown, FinalSource::Inferred) }
 }
 
 /// A socket in CLOSE_WAIT, which has not ended: its peer has.
@@ -186,7 +233,12 @@ const RULES: [(Cause, Rule); 16] = [
 
 /// Why a socket ended: the first rule that fits, or [`Cause::Unknown`].
 pub fn cause(socket: &Socket, ending: &Ending) -> Cause {
-    RULES.iter().find(|(_, fits)| fits(socket, ending)).map_or(Cause::Unknown, |(cause, _)| *cause)
+    let found = RULES.iter().find(|(_, fits)| fits(socket, ending)).map_or(Cause::Unknown, |(cause, _)| *cause);
+    // An earlier rule might fit, if it could be asked on this host.
+    let open = ending.how == Some(How::Unobserved)
+        || by_somebodys_reset(socket)
+        || (found > Cause::ProcessExit && may_be_exit(socket, ending));
+    if open { Cause::Unknown } else { found }
 }
 
 fn timeout(_: &Socket, ending: &Ending) -> bool {
@@ -204,6 +256,11 @@ fn reset_by_local(socket: &Socket, ending: &Ending) -> bool {
 
 fn process_exit(socket: &Socket, ending: &Ending) -> bool {
     socket.closed_by_exit && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
+}
+
+/// Likewise, for all that this host can tell: no process made the local close, so the kernel did, and for whom is not known.
+fn may_be_exit(socket: &Socket, ending: &Ending) -> bool {
+    socket.blind.exits && socket.closer.is_none() && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
 }
 
 fn unused(socket: &Socket, _: &Ending) -> bool {
@@ -337,7 +394,7 @@ fn persistent(socket: &Socket, ending: &Ending) -> bool {
         && !socket.scan.request_incomplete
         && !socket.scan.requests_lost
         && !socket.scan.responses_lost
-        && ending.closed_by != ClosedBy::None
+        && !matches!(ending.closed_by, ClosedBy::None | ClosedBy::Unobserved)
 }
 
 /// From the last payload byte to the first FIN or RST, or to the socket's end if there was none; microseconds. `None`

@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use proptest::prelude::*;
 use tracer::connection::Connections;
-use tracer::decode::{NotARecord, decode};
-use tracer::event::{Cause, Close, Event, Final, How, Lost, Start};
+use tracer::decode::{Blind, NotARecord, decode};
+use tracer::event::{Cause, Close, ClosedBy, Event, Final, How, Lost, Start};
 use tracer::filter;
 use tracer::process::Processes;
 use tracer::sink::summary::{About, Missed, Moment, Summarizer};
@@ -140,7 +140,12 @@ fn noon() -> Timestamp {
 
 /// The events that follow from records, all dated [`noon`].
 fn replay(records: &[Record], states: bool) -> Vec<Event> {
-    let mut connections = Connections::new(Processes::new(), SockDiag::new().expect("/proc"), states);
+    replay_blind(records, states, Blind::default())
+}
+
+/// The same on a host that lacks hooks.
+fn replay_blind(records: &[Record], states: bool, blind: Blind) -> Vec<Event> {
+    let mut connections = Connections::new(Processes::new(), SockDiag::new().expect("/proc"), states).blind(blind);
     let mut events = Vec::new();
     let now = Instant::now();
     for record in records {
@@ -674,4 +679,26 @@ fn a_reset_that_follows_the_end_belongs_to_it() {
         assert_ne!(of(&[end, other]).1, Final::Reset, "another socket's reset: {old}");
         assert_ne!(of(&[end]).1, Final::TimeWait, "{old}");
     }
+}
+
+/// Where the hook on it is missing, what only that reset could tell is not told.
+#[test]
+fn a_reset_that_may_have_followed_the_end_unseen() {
+    let blind = Blind { send_reset: true, ..Blind::default() };
+    let of = |record: Record| match replay_blind(&[record], false, blind).pop() {
+        Some(Event::Close(close)) => (close.closed_by, close.how, close.fate.expect("it has ended"), close.cause),
+        other => panic!("{other:?} is no close"),
+    };
+    let ends = [
+        (FIN_WAIT2, first_end::LOCAL, flag::FIN_SENT | flag::IN_PROCESS, ClosedBy::Local),
+        (FIN_WAIT1, first_end::NONE, 0, ClosedBy::Unobserved),
+        (LAST_ACK, first_end::REMOTE, flag::FIN_SENT | flag::FIN_RECEIVED | flag::IN_PROCESS, ClosedBy::Remote),
+        (CLOSING, first_end::BOTH, flag::FIN_SENT | flag::FIN_RECEIVED | flag::IN_PROCESS, ClosedBy::Both),
+    ];
+    for (old, first, flags, closed_by) in ends {
+        let end = with(server(), |r| (r.old_state, r.first_end, r.flags) = (old, first, flags));
+        assert_eq!(of(end), (closed_by, Some(How::Unobserved), Final::Unknown, Cause::Unknown), "{old}");
+    }
+    // Where none can follow, all is as ever.
+    assert_eq!(of(server()), (ClosedBy::Local, Some(How::Fin), Final::TimeWait, Cause::NoReuse));
 }

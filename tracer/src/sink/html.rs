@@ -625,7 +625,7 @@ impl Page {
                     crate::event::ClosedBy::Local => ", this end first",
                     crate::event::ClosedBy::Remote => ", the peer first",
                     crate::event::ClosedBy::Both => ", both at once",
-                    crate::event::ClosedBy::None => "",
+                    crate::event::ClosedBy::None | crate::event::ClosedBy::Unobserved => "",
                 };
                 write!(out, "{process} with {peer}{first}: {}", Number(*closes))?;
             }

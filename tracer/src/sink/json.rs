@@ -14,7 +14,7 @@ use serde_json::ser::{Formatter, Serializer};
 use super::escape::is_hostile;
 use super::text::{cause_word, closed_by_word, fate_word, state_word};
 use crate::event::{
-    Close, Connection, Event, Family, FinalSource, How, Http, HttpVersion, Process, Protocol, Role, Source,
+    Close, ClosedBy, Connection, Event, Family, FinalSource, How, Http, HttpVersion, Process, Protocol, Role, Source,
 };
 
 /// Writes NDJSON.
@@ -79,7 +79,13 @@ impl Line<'_> {
             },
         );
         self.process("process", process.as_ref())?;
-        self.word("closed_by", closed_by_word(*closed_by));
+        self.word(
+            "closed_by",
+            match closed_by {
+                ClosedBy::Unobserved => "unobserved",
+                seen => closed_by_word(*seen),
+            },
+        );
         self.process("closer", closer.as_ref())?;
         self.optional_word("how", how.map(how_word));
         if let Some(fate) = fate {
@@ -245,6 +251,7 @@ const fn how_word(how: How) -> &'static str {
         How::Fin => "fin",
         How::Rst => "rst",
         How::Timeout => "timeout",
+        How::Unobserved => "unobserved",
     }
 }
 
@@ -301,7 +308,7 @@ mod tests {
     use proptest::sample::select;
 
     use super::*;
-    use crate::event::{Cause, ClosedBy, Final, StateAt, TcpState};
+    use crate::event::{Cause, Final, StateAt, TcpState};
 
     fn json(text: &str) -> String {
         let mut out = Vec::new();
@@ -423,14 +430,14 @@ mod tests {
             Protocol::None,
             Protocol::Unobserved,
         ];
-        let closers = vec![ClosedBy::Local, ClosedBy::Remote, ClosedBy::Both, ClosedBy::None];
+        let closers = vec![ClosedBy::Local, ClosedBy::Remote, ClosedBy::Both, ClosedBy::None, ClosedBy::Unobserved];
         let words = (
             select(causes),
             of(select(fates)),
             of(select(sources)),
             select(protocols),
             select(closers),
-            of(select(vec![How::Fin, How::Rst, How::Timeout])),
+            of(select(vec![How::Fin, How::Rst, How::Timeout, How::Unobserved])),
             select(vec![Role::Server, Role::Client, Role::Unknown]),
             select(vec![Family::Ipv4, Family::Ipv6]),
         );

@@ -331,6 +331,8 @@ pub(super) const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
         ClosedBy::Remote => "remote",
         ClosedBy::Both => "both",
         ClosedBy::None => "none",
+        // There is no room for its name.
+        ClosedBy::Unobserved => "?",
     }
 }
 

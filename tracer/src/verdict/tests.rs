@@ -1,7 +1,7 @@
 use jiff::Timestamp;
 
 use super::*;
-use crate::decode::Scan;
+use crate::decode::{Blind, Scan};
 use crate::event::{Family, StateAt};
 
 const SECOND: u64 = 1_000_000_000;
@@ -42,6 +42,7 @@ fn socket() -> Socket {
         protocol: Protocol::Http11,
         http: Some(http()),
         scan: Scan::default(),
+        blind: Blind::default(),
     }
 }
 
@@ -710,5 +711,113 @@ mod causes {
                 }
             }
         }
+    }
+}
+
+/// Without a hook nothing may be said that only it could tell; and all the rest as before.
+mod blind {
+    use super::*;
+
+    const RECEIVE: Blind = Blind { receive_reset: true, send_reset: false, exits: false };
+    const SEND: Blind = Blind { receive_reset: false, send_reset: true, exits: false };
+    const EXITS: Blind = Blind { receive_reset: false, send_reset: false, exits: true };
+    const ALL: Blind = Blind { receive_reset: true, send_reset: true, exits: true };
+
+    /// The server has closed, and the peer's FIN has not come.
+    fn closing(change: impl FnOnce(&mut Socket)) -> Socket {
+        with(|s| {
+            (s.old, s.fin_received, s.shut_down) = (TcpState::FinWait1, false, true);
+            change(s);
+        })
+    }
+
+    /// No FIN and no RST was seen.
+    fn open(old: TcpState, sk_err: u16) -> Socket {
+        with(|s| (s.old, s.sk_err, s.fin_received, s.first_end, s.end_ns) = (old, sk_err, false, ClosedBy::None, None))
+    }
+
+    fn told(socket: &Socket) -> (ClosedBy, Option<How>, Cause) {
+        let ending = ending(socket);
+        (ending.closed_by, ending.how, cause(socket, &ending))
+    }
+
+    #[test]
+    fn a_close_with_fins_is_told_as_ever() {
+        for blind in [RECEIVE, SEND, ALL] {
+            let closer = Some(crate::decode::Task {
+                pid: 1,
+                start_ns: 1,
+                uid: 0,
+                comm: [b'x'; 16],
+                source: crate::event::Source::Close,
+            });
+            let socket = with(|s| (s.blind, s.closer) = (blind, closer));
+            assert_eq!(told(&socket), (ClosedBy::Local, Some(How::Fin), Cause::NoReuse));
+            assert_eq!(ending(&socket).fate, Fate::Known(Final::TimeWait, FinalSource::Fin));
+        }
+    }
+
+    #[test]
+    fn the_error_tells_a_reset_by_the_peer() {
+        for (old, error) in [(TcpState::Established, errno::ECONNRESET), (TcpState::CloseWait, errno::EPIPE)] {
+            let mut socket = open(old, error);
+            socket.blind = ALL;
+            assert_eq!(told(&socket), (ClosedBy::Remote, Some(How::Rst), Cause::ResetByPeer), "{old:?}");
+        }
+        // After `shutdown`, too.
+        let socket = closing(|s| (s.sk_err, s.shut_down, s.blind) = (errno::ECONNRESET, false, ALL));
+        assert_eq!(told(&socket), (ClosedBy::Local, Some(How::Rst), Cause::ResetByPeer));
+    }
+
+    #[test]
+    fn after_close_the_error_does_not_tell_whose_reset_it_was() {
+        let socket = closing(|s| (s.sk_err, s.blind) = (errno::ECONNRESET, RECEIVE));
+        assert_eq!(told(&socket), (ClosedBy::Local, Some(How::Rst), Cause::Unknown));
+        assert_eq!(ending(&socket).fate, Fate::Known(Final::Reset, FinalSource::State));
+        let unsent = closing(|s| (s.sk_err, s.blind, s.first_end) = (errno::ECONNRESET, RECEIVE, ClosedBy::None));
+        assert_eq!(told(&unsent), (ClosedBy::Unobserved, Some(How::Rst), Cause::Unknown));
+        // The hook tells.
+        let seen = closing(|s| (s.sk_err, s.blind) = (errno::ECONNRESET, SEND));
+        assert_eq!(told(&seen).2, Cause::ResetByPeer);
+        let ours = closing(|s| (s.sk_err, s.blind, s.rst_sent) = (errno::ECONNRESET, SEND, true));
+        assert_eq!(told(&ours).2, Cause::ResetByLocal);
+    }
+
+    #[test]
+    fn a_connection_that_was_refused() {
+        let mut socket = open(TcpState::SynSent, errno::ECONNREFUSED);
+        socket.blind = RECEIVE;
+        (socket.rx_bytes, socket.tx_bytes, socket.http) = (0, 0, None);
+        assert_eq!(told(&socket), (ClosedBy::Unobserved, Some(How::Unobserved), Cause::Unknown));
+        assert_eq!(ending(&socket).fate, Fate::Known(Final::Unknown, FinalSource::Inferred));
+        // The application gave up: that needs no hook.
+        socket.sk_err = 0;
+        assert_eq!(told(&socket), (ClosedBy::None, None, Cause::Unused));
+    }
+
+    #[test]
+    fn an_abort_may_have_sent_a_reset() {
+        let mut socket = open(TcpState::Established, errno::ECONNABORTED);
+        socket.blind = SEND;
+        assert_eq!(told(&socket), (ClosedBy::Unobserved, Some(How::Unobserved), Cause::Unknown));
+        // Its segment was seen to leave.
+        socket.first_end = ClosedBy::Local;
+        assert_eq!(told(&socket).0, ClosedBy::Local);
+        // EHOSTUNREACH in FIN_WAIT2.
+        let probe = closing(|s| (s.old, s.sk_err, s.blind) = (TcpState::FinWait2, 113, SEND));
+        assert_eq!(told(&probe), (ClosedBy::Local, Some(How::Unobserved), Cause::Unknown));
+        // A time-out is told by its own error.
+        let mut timed_out = open(TcpState::Established, errno::ETIMEDOUT);
+        timed_out.blind = ALL;
+        assert_eq!(told(&timed_out).1, Some(How::Timeout));
+    }
+
+    #[test]
+    fn a_local_close_by_nobody_may_be_an_exit() {
+        let nobody = with(|s| s.blind = EXITS);
+        assert_eq!(told(&nobody), (ClosedBy::Local, Some(How::Fin), Cause::Unknown));
+        assert_eq!(told(&with(|s| (s.blind, s.closed_by_exit) = (EXITS, true))).2, Cause::ProcessExit);
+        assert_eq!(told(&with(|s| (s.blind, s.first_end) = (EXITS, ClosedBy::Remote))).2, Cause::NoReuse);
+        assert_eq!(told(&with(|s| s.blind = RECEIVE)).2, Cause::NoReuse);
     }
 }

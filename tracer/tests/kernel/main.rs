@@ -7,6 +7,8 @@ mod causes;
 mod classic;
 mod cli;
 mod close_wait;
+mod degraded;
+mod doctor;
 mod endings;
 mod filters;
 mod fin_wait2;
