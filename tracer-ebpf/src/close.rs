@@ -92,8 +92,11 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             // A socket that was disconnected and connects again starts anew.
             conn::delete(sk);
         }
+        if !conn::ends_pass(sk) {
+            return;
+        }
         let now = conn::now();
-        let Some(conn) = conn::get_or_create(sk) else {
+        let Some(conn) = conn::create(sk) else {
             // Counted once in the life of a socket.
             if new == tcp::CLOSE {
                 conn::count(counter::UNTRACKED);
@@ -187,7 +190,8 @@ unsafe fn cloned(sk: Sock) {
             return;
         }
         (*handover).valid = 0;
-        let Some(conn) = conn::get_or_create(sk) else { return };
+        // It has no addresses yet: whether it passes is asked at its next transition.
+        let Some(conn) = conn::create(sk) else { return };
         conn.role = role::SERVER;
         conn.marks |= mark::HANDED_OVER | if (*handover).syn != 0 { mark::HANDED_SYN } else { 0 };
         conn.handed_seq = (*handover).seq;

@@ -4,13 +4,15 @@
 //! hash, no leak, no capacity limit. It starts as zeroes.
 
 use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
+use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
 use tracer_ebpf::head::{self, Http, clamp};
-use tracer_ebpf::{Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, pack_state};
+use tracer_ebpf::{
+    NAMESPACES, PREFIXES, Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, kind, pack_state,
+};
 
 use crate::sock;
 
@@ -115,6 +117,16 @@ static PORTS: HashMap<u16, u8, 1024> = HashMap::new();
 /// The process names asked for.
 #[btf_map]
 static COMMS: HashMap<[u8; 16], u8, 256> = HashMap::new();
+/// The peers asked for, by prefix: 1, or 0 where it was not asked for, but lies in one that was. IPv4 addresses are mapped
+/// into IPv6, so that they pass whichever family the socket has.
+#[btf_map]
+static PEERS: LpmTrie<[u8; 16], u8, PREFIXES> = LpmTrie::new();
+/// Likewise the local addresses.
+#[btf_map]
+static LOCALS: LpmTrie<[u8; 16], u8, PREFIXES> = LpmTrie::new();
+/// Inode numbers of the network namespaces asked for.
+#[btf_map]
+static NETNS: HashMap<u32, u8, NAMESPACES> = HashMap::new();
 /// Processes that exited lately: process id to `start_boottime`.
 #[btf_map]
 pub(crate) static EXITED: LruHashMap<u32, u64, 4096> = LruHashMap::new();
@@ -188,12 +200,30 @@ pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
     unsafe { storage(sk, 0) }
 }
 
-/// The state of `sk`, made now if it had none.
+/// The state of `sk`, made now if it had none and [`ends_pass`].
 ///
 /// # Safety
 /// As for [`get`].
 #[inline(always)]
 pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if sock::config_filters() & ENDS != 0 {
+            let known = storage(sk, 0);
+            if known.is_some() || !ends_pass(sk) {
+                return known;
+            }
+        }
+        create(sk)
+    }
+}
+
+/// The state of `sk`, made now if it had none: where [`ends_pass`] was asked before, or cannot be asked yet.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+pub(crate) unsafe fn create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
     // SAFETY: by the caller's word.
     unsafe { storage(sk, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) }
 }
@@ -261,6 +291,51 @@ pub(crate) fn port_passes(local: u16, remote: u16) -> bool {
     sock::config_filters() & filter::PORT == 0 || PORTS.get_ptr(local).is_some() || PORTS.get_ptr(remote).is_some()
 }
 
+/// The filters by address and network namespace. A connection's are known before anything else is, and never change: what
+/// they leave out is not followed at all.
+const ENDS: u32 = filter::PEER | filter::LOCAL | filter::NETNS;
+
+/// Whether the addresses and the network namespace of `sk` pass `--peer`, `--local` and `--netns`.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+pub(crate) unsafe fn ends_pass(sk: *mut c_void) -> bool {
+    let filters = sock::config_filters();
+    if filters & ENDS == 0 {
+        return true;
+    }
+    // SAFETY: by the caller's word.
+    let Some(ends) = (unsafe { sock::ends(sk) }) else { return false };
+    (filters & filter::NETNS == 0 || NETNS.get_ptr(ends.netns).is_some())
+        && (filters & filter::PEER == 0 || is_among((&raw const PEERS).cast(), ends.remote))
+        && (filters & filter::LOCAL == 0 || is_among((&raw const LOCALS).cast(), ends.local))
+}
+
+/// Whether `map`, which is one of prefixes, has the address.
+#[inline(always)]
+fn is_among(map: *const c_void, address: [u64; 2]) -> bool {
+    #[repr(C)]
+    struct Key {
+        bits: u32,
+        address: [u32; 4],
+    }
+    let [first, second] = address;
+    let key = Key { bits: 128, address: [first as u32, (first >> 32) as u32, second as u32, (second >> 32) as u32] };
+    // SAFETY: the map's keys have this layout, and its values are bytes.
+    unsafe {
+        let found = bpf_map_lookup_elem(map.cast_mut(), (&raw const key).cast()).cast::<u8>();
+        !found.is_null() && found.read_volatile() != 0
+    }
+}
+
+/// Whether a socket that ended now, at `at_ns`, passes `--min-duration`.
+#[inline(always)]
+fn lasted(conn: &Conn, at_ns: u64) -> bool {
+    let least = sock::config_min_duration_ns();
+    least == 0 || (conn.established_ns != 0 && at_ns.saturating_sub(conn.established_ns) >= least)
+}
+
 #[inline(always)]
 fn passes(conn: &Conn) -> bool {
     let filters = sock::config_filters();
@@ -276,11 +351,11 @@ fn passes(conn: &Conn) -> bool {
 /// `sk` is a BTF pointer to a full TCP `struct sock`.
 #[inline(always)]
 pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) -> bool {
-    if !passes(conn) {
+    if !passes(conn) || (matches!(kind, kind::CLOSE | kind::RESET_AFTER_CLOSE) && !lasted(conn, at_ns)) {
         return false;
     }
     // At the end only: what is settled stays so, and before it what is missing may still come.
-    if kind == tracer_ebpf::kind::CLOSE {
+    if kind == kind::CLOSE {
         // SAFETY: by the caller's word.
         if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
             head::settle(&mut conn.http, rcv_nxt, snd_una);

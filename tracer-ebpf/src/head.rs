@@ -380,7 +380,7 @@ pub fn lose<const D: usize>(http: &mut Http) {
 pub fn miss<const D: usize>(http: &mut Http) {
     stream(http, D).missed = 1;
     let kind = stream(http, D).kind;
-    flag_lost(http, kind);
+    tell_lost(http, kind);
 }
 
 /// Puts bytes aside that came too early: others before them, which are not part of a body, have not come yet. The segments
@@ -437,19 +437,20 @@ fn pass_aside(http: &mut Http) {
 /// and acknowledged. What was put aside, and is still not known, is lost; so is what passed by unseen.
 #[inline(always)]
 pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
-    if http.stopped != 0 {
-        return;
+    let mut in_lost = stream(http, INGRESS).missed != 0;
+    let mut out_lost = stream(http, EGRESS).missed != 0;
+    if http.stopped == 0 {
+        if http.aside_at != http.aside_end {
+            pass_aside(http);
+            in_lost |= http.aside_at != http.aside_end;
+        }
+        in_lost |= unseen(stream(http, INGRESS), received);
+        out_lost |= unseen(stream(http, EGRESS), acknowledged);
     }
-    let mut unknown = stream(http, INGRESS).missed != 0;
-    if http.aside_at != http.aside_end {
-        pass_aside(http);
-        unknown |= http.aside_at != http.aside_end;
-    }
-    if (unknown || unseen(stream(http, INGRESS), received)) && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
+    if in_lost && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, INGRESS);
     }
-    let missed = stream(http, EGRESS).missed != 0 || unseen(stream(http, EGRESS), acknowledged);
-    if missed && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
+    if out_lost && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
         lose_direction(http, EGRESS);
     }
 }
@@ -488,6 +489,10 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
         http.exchange.protocol = protocol::UNDECIDED;
     }
     lose_direction(http, INGRESS);
+    if stream(http, INGRESS).kind == kind::RESPONSES {
+        // A response head that was seen stays known otherwise. This one may be what was dropped.
+        http.exchange.response_connection = 0;
+    }
 }
 
 /// Whether nothing that a segment holds can change anything: its direction is lost, or the rest of the connection is body or
@@ -1052,8 +1057,14 @@ fn decide(http: &mut Http, direction: usize, kind: u8) {
 #[inline(always)]
 fn lose_direction(http: &mut Http, direction: usize) {
     let s = stream(http, direction);
-    let kind = s.kind;
     s.phase = phase::LOST;
+    let kind = s.kind;
+    tell_lost(http, kind);
+}
+
+/// Takes back what is not known if a part of a direction was not seen.
+#[inline(always)]
+fn tell_lost(http: &mut Http, kind: u8) {
     flag_lost(http, kind);
     if kind == kind::REQUESTS {
         // There may have been further requests, so what is known of a whole head is not known of the last one.

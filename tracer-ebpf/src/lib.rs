@@ -295,13 +295,26 @@ pub mod filter {
     pub const PORT: u32 = 1 << 1;
     /// Only sockets whose owner or closer has a `comm` that is in the `COMMS` map.
     pub const COMM: u32 = 1 << 2;
+    /// Only sockets whose remote address is in the `PEERS` map.
+    pub const PEER: u32 = 1 << 3;
+    /// Only sockets whose local address is in the `LOCALS` map.
+    pub const LOCAL: u32 = 1 << 4;
+    /// Only sockets of a network namespace that is in the `NETNS` map.
+    pub const NETNS: u32 = 1 << 5;
 }
+
+/// Entries of the `PEERS` and `LOCALS` maps, each.
+pub const PREFIXES: usize = 1024;
+/// Entries of the `NETNS` map.
+pub const NAMESPACES: usize = 256;
 
 wire! {
     /// What the command line asks of the programs; a frozen global.
     pub struct Config {
         /// How long a socket may be in `TCP_CLOSE_WAIT` before it is reported, nanoseconds.
         pub close_wait_ns: u64,
+        /// A socket that ended counts only if it was established for so long, nanoseconds.
+        pub min_duration_ns: u64,
         /// [`filter`] bits.
         pub filters: u32,
         /// Not 0: a record for every transition.

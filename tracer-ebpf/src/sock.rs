@@ -19,7 +19,7 @@ pub(crate) static OFFSETS: Offsets = {
 
 /// See [`Config`]; overridden before the load.
 #[unsafe(no_mangle)]
-static CONFIG: Config = Config { close_wait_ns: 0, filters: 0, states: 0, full_target: 0, _pad: 0 };
+static CONFIG: Config = Config { close_wait_ns: 0, min_duration_ns: 0, filters: 0, states: 0, full_target: 0, _pad: 0 };
 
 /// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
 #[inline(always)]
@@ -64,6 +64,12 @@ pub(crate) fn config_full_target() -> bool {
 #[inline(always)]
 pub(crate) fn config_close_wait_ns() -> u64 {
     frozen(&CONFIG.close_wait_ns)
+}
+
+/// How long a socket must have been established for its end to be reported, nanoseconds.
+#[inline(always)]
+pub(crate) fn config_min_duration_ns() -> u64 {
+    frozen(&CONFIG.min_duration_ns)
 }
 
 /// `struct sock *`, a BTF pointer.
@@ -173,6 +179,54 @@ pub(crate) unsafe fn ports(sk: Sock) -> (u16, u16) {
         }
         (u16::from_be(load!(tp, inet_sport, u16)), u16::from_be(load!(sk, skc_dport, u16)))
     }
+}
+
+/// Where a socket is.
+pub(crate) struct Ends {
+    /// Local and remote address, network byte order, two words each; IPv4 ones are mapped into IPv6.
+    pub(crate) local: [u64; 2],
+    pub(crate) remote: [u64; 2],
+    /// Inode number of the network namespace.
+    pub(crate) netns: u32,
+}
+
+/// The second word of an IPv4-mapped address, without the IPv4 address itself.
+const MAPPED: u64 = 0xffff_0000;
+
+/// Both addresses and the network namespace; `None` if `sk` is no full TCP socket.
+///
+/// # Safety
+/// As for [`progress`].
+#[inline(always)]
+pub(crate) unsafe fn ends(sk: Sock) -> Option<Ends> {
+    // SAFETY: by the caller's word; of a full socket the helper answers a BTF pointer.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        if tp.is_null() {
+            return None;
+        }
+        let net = load!(tp, skc_net, *mut c_void);
+        let netns = load!(net, net_inum, u32);
+        if load!(tp, skc_family, u16) != AF_INET6 || offset!(skc_v6_daddr) == u32::MAX {
+            let local = [0, MAPPED | u64::from(load!(tp, skc_rcv_saddr, u32)) << 32];
+            let remote = [0, MAPPED | u64::from(load!(tp, skc_daddr, u32)) << 32];
+            return Some(Ends { local, remote, netns });
+        }
+        let at = tp.cast::<u8>().add(offset!(skc_v6_rcv_saddr) as usize).cast::<u64>();
+        let mut local = [at.read_volatile(), at.add(1).read_volatile()];
+        let at = tp.cast::<u8>().add(offset!(skc_v6_daddr) as usize).cast::<u64>();
+        let remote = [at.read_volatile(), at.add(1).read_volatile()];
+        if is_mapped(remote) && local == [0, 0] {
+            // A dual-stack socket that is not bound yet.
+            local = [0, MAPPED];
+        }
+        Some(Ends { local, remote, netns })
+    }
+}
+
+#[inline(always)]
+fn is_mapped(address: [u64; 2]) -> bool {
+    address[0] == 0 && address[1] & 0xffff_ffff == MAPPED
 }
 
 /// The next sequence number expected from the peer, and the first one that it has not acknowledged; `None` if `sk` is no

@@ -5,8 +5,9 @@ use divan::{Bencher, black_box};
 use jiff::tz::TimeZone;
 use tracer::connection::Connections;
 use tracer::decode::{Fact, Socket, decode};
-use tracer::event::Event;
+use tracer::event::{Event, Role};
 use tracer::process::Processes;
+use tracer::sink::summary::Summarizer;
 use tracer::sink::{Json, Sink, Text};
 use tracer::time_wait::SockDiag;
 use tracer::verdict;
@@ -115,4 +116,23 @@ fn text(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn json(bencher: Bencher<'_, '_>) {
     printing(bencher, Sink::Json(Json::default()));
+}
+
+/// For the summary: the two ends of one connection after the other, of a group each.
+#[divan::bench]
+fn counting(bencher: Bencher<'_, '_>) {
+    let Event::Close(server) = event() else { panic!("it is one") };
+    let mut client = server.clone();
+    (client.local, client.remote, client.role) = (server.remote, server.local, Role::Client);
+    let mut ends = [server, client];
+    let mut summary = Summarizer::new(std::time::Instant::now(), false, None);
+    let mut port = 0_u16;
+    bencher.bench_local(|| {
+        port = port.wrapping_add(1);
+        ends[0].remote.set_port(port);
+        ends[1].local.set_port(port);
+        for end in &ends {
+            summary.close(black_box(end));
+        }
+    });
 }

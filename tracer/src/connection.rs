@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::decode::{Fact, Socket, Task};
+use crate::decode::{Blind, Fact, Socket, Task};
 use crate::event::{Cause, Close, ClosedBy, Event, Final, FinalSource, How, Process, Source, State, StateAt, TcpState};
 use crate::process::Processes;
 use crate::time_wait::{Answer, Question, SockDiag};
@@ -86,12 +86,29 @@ pub struct Connections {
     held: VecDeque<Held>,
     /// When foreign network namespaces are let go of, if none is needed; `None` while none is held.
     release_at: Option<Instant>,
+    /// [`Connections::blind`]
+    blind: Blind,
 }
 
 impl Connections {
     /// With no connection held back.
     pub fn new(processes: Processes, sock_diag: SockDiag, states: bool) -> Self {
-        Self { processes, sock_diag, clock: Clock::now(), states, held: VecDeque::new(), release_at: None }
+        Self {
+            processes,
+            sock_diag,
+            clock: Clock::now(),
+            states,
+            held: VecDeque::new(),
+            release_at: None,
+            blind: Blind::default(),
+        }
+    }
+
+    /// Hooks that are missing: what they would have told is not judged.
+    #[must_use]
+    pub const fn blind(mut self, blind: Blind) -> Self {
+        self.blind = blind;
+        self
     }
 
     /// Reads the clocks anew.
@@ -100,7 +117,10 @@ impl Connections {
     }
 
     /// Takes one fact in; events that follow from it are appended to `out`.
-    pub fn fact(&mut self, fact: Fact, now: Instant, out: &mut Vec<Event>) {
+    pub fn fact(&mut self, mut fact: Fact, now: Instant, out: &mut Vec<Event>) {
+        if let Fact::Changed(socket) | Fact::Ended(socket) | Fact::CloseWait(socket) = &mut fact {
+            socket.blind = self.blind;
+        }
         match fact {
             Fact::Changed(socket) => {
                 let event = self.state(&socket, socket.old, socket.new, socket.at_ns);
@@ -239,7 +259,14 @@ impl Connections {
 
     /// Reports one connection.
     fn settle(&mut self, held: Held, fate: Final, fate_source: FinalSource, out: &mut Vec<Event>) {
+        let a_reset_is_missed = may_have_reset_unseen(&held, fate);
         let Held { socket, ending, mut close, deadline, .. } = held;
+        let (ending, fate, fate_source) = if a_reset_is_missed {
+            (verdict::unobserved(&socket), Final::Unknown, FinalSource::Inferred)
+        } else {
+            (ending, fate, fate_source)
+        };
+        close.closed_by = ending.closed_by;
         close.how = ending.how;
         close.fate = Some(fate);
         close.fate_source = Some(fate_source);
@@ -371,6 +398,15 @@ fn question(socket: &Socket) -> Question {
 /// Whether a RST may have followed the end: not where both FINs were acknowledged.
 fn may_reset(socket: &Socket) -> bool {
     !socket.fin_received || matches!(socket.old, TcpState::LastAck | TcpState::Closing)
+}
+
+/// Whether a RST may have followed the end which no hook tells of on this host.
+fn may_have_reset_unseen(held: &Held, fate: Final) -> bool {
+    held.socket.blind.send_reset
+        && held.ending.fate == Fate::Ask
+        && held.deadline.is_none()
+        && !matches!(fate, Final::TimeWait | Final::FinWait2)
+        && may_reset(&held.socket)
 }
 
 /// Whether a mini-socket was or may have been left: not by an end that comes before both FINs are acknowledged.

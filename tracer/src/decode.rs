@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tracer_ebpf::head::{self, bit, protocol, token};
 use tracer_ebpf::{Record, first_end, flag, kind, role, source, unpack_state};
 
-use crate::event::{ClosedBy, Connection, Family, Http, Protocol, Role, Source, TcpState};
+use crate::event::{ClosedBy, Connection, Family, Http, HttpVersion, Protocol, Role, Source, TcpState};
 
 /// What one record says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,6 +110,20 @@ pub struct Socket {
     pub http: Option<Http>,
     /// What the scanner knows beyond [`Http`].
     pub scan: Scan,
+    /// What this host cannot tell of any socket. Not in the record: see [`crate::connection::Connections::blind`].
+    pub blind: Blind,
+}
+
+/// Hooks that could not be attached, where it matters for what is said of a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Blind {
+    /// `tcp_receive_reset`: `rst_received` is never set.
+    pub receive_reset: bool,
+    /// `tcp_send_reset`: `rst_sent` is set only for a RST that answers data after `close`, and [`Fact::ResetAfterEnd`] never
+    /// comes.
+    pub send_reset: bool,
+    /// `sched_process_exit`: `closed_by_exit` is not set where the kernel closes for a process that has ended.
+    pub exits: bool,
 }
 
 /// What the head scanner knows beyond what is printed.
@@ -229,6 +243,7 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
             request_incomplete: exchange.flags & bit::REQUEST_INCOMPLETE != 0,
             upgraded: exchange.flags & bit::UPGRADED != 0,
         },
+        blind: Blind::default(),
     })
 }
 
@@ -371,10 +386,10 @@ fn without_userinfo(target: String, connect: bool, truncated: bool) -> String {
     format!("{}{}", &target[..from], &rest[keep..])
 }
 
-const fn version(version: u8) -> Option<&'static str> {
+const fn version(version: u8) -> Option<HttpVersion> {
     match version {
-        10 => Some("1.0"),
-        11 => Some("1.1"),
+        10 => Some(HttpVersion::V10),
+        11 => Some(HttpVersion::V11),
         _ => None,
     }
 }

@@ -5,8 +5,9 @@
 
 use std::net::SocketAddr;
 
+use clap::ValueEnum;
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One line of output.
 #[derive(Clone, Debug, Serialize)]
@@ -22,17 +23,19 @@ pub enum Event {
     State(Box<State>),
     /// Whenever records were lost since the last such line.
     Lost(Lost),
-    /// Once, last.
-    Summary(Summary),
+    /// Once, last; and in between, where that is asked for.
+    Summary(Box<Summary>),
+    /// A limit was reached, or is no longer.
+    Alert(Box<Alert>),
 }
 
 /// What is traced, and how well.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Start {
     /// When tracing began.
     pub time: Timestamp,
     /// Version of tracer.
-    pub version: &'static str,
+    pub version: String,
     /// Kernel release, as `uname -r`.
     pub kernel: String,
     /// Host name.
@@ -43,12 +46,14 @@ pub struct Start {
     pub hooks: Vec<String>,
     /// Sockets in TIME_WAIT now, in the network namespace of tracer; `null` if the kernel did not say.
     pub time_wait: Option<u64>,
+    /// How many there may be (`tcp_max_tw_buckets`), likewise.
+    pub time_wait_max: Option<u64>,
     /// What is missing on this host and what that costs.
     pub degraded: Vec<String>,
 }
 
 /// The address family of a socket; an IPv4-mapped IPv6 address counts as IPv4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4
@@ -58,7 +63,7 @@ pub enum Family {
 }
 
 /// Which end opened the connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// This end accepted.
@@ -70,7 +75,7 @@ pub enum Role {
 }
 
 /// How the process of a socket was learnt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
     /// It read from the socket.
@@ -84,7 +89,7 @@ pub enum Source {
 }
 
 /// A process. `comm`, `exe`, `cgroup` hold bytes that another process chose: escape before showing.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     /// Process id as the host sees it.
     pub pid: u32,
@@ -103,7 +108,8 @@ pub struct Process {
 }
 
 /// Who sent the first FIN or RST.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[value(rename_all = "lower")]
 #[serde(rename_all = "lowercase")]
 pub enum ClosedBy {
     /// This end.
@@ -114,10 +120,12 @@ pub enum ClosedBy {
     Both,
     /// Nobody: a time-out, or an abort without a segment.
     None,
+    /// This host lacks the hook that would tell.
+    Unobserved,
 }
 
 /// How the connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum How {
     /// By FINs.
@@ -126,10 +134,13 @@ pub enum How {
     Rst,
     /// By a time-out.
     Timeout,
+    /// This host lacks the hook that would tell.
+    Unobserved,
 }
 
 /// What is left of the connection at this end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub enum Final {
     /// A TIME_WAIT socket.
@@ -147,7 +158,7 @@ pub enum Final {
 }
 
 /// How [`Final`] is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinalSource {
     /// The peer's FIN was processed before the socket's end.
@@ -161,7 +172,7 @@ pub enum FinalSource {
 }
 
 /// One transition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateAt {
     /// The state that was entered.
     pub state: TcpState,
@@ -170,7 +181,7 @@ pub struct StateAt {
 }
 
 /// TCP states by their kernel names (`TCP_ESTABLISHED` is `ESTABLISHED`). The discriminants are the kernel's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[expect(missing_docs, reason = "the states of RFC 9293, section 3.3.2, and the kernel's two more")]
 pub enum TcpState {
@@ -191,7 +202,7 @@ pub enum TcpState {
 }
 
 /// What the payload was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
     /// HTTP/1.0: the last request (without one, the last response) said so.
     #[serde(rename = "http/1.0")]
@@ -219,8 +230,19 @@ pub enum Protocol {
     Unobserved,
 }
 
+/// The version of a request or response of HTTP/1.x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HttpVersion {
+    /// HTTP/1.0
+    #[serde(rename = "1.0")]
+    V10,
+    /// HTTP/1.1
+    #[serde(rename = "1.1")]
+    V11,
+}
+
 /// The last exchange on the connection, with counts for all of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Http {
     /// Request heads seen.
     pub requests: u32,
@@ -234,10 +256,10 @@ pub struct Http {
     pub target_truncated: bool,
     /// Status of its final response.
     pub status: Option<u16>,
-    /// `1.0` or `1.1`
-    pub request_version: Option<&'static str>,
-    /// `1.0` or `1.1`
-    pub response_version: Option<&'static str>,
+    /// Of the last request.
+    pub request_version: Option<HttpVersion>,
+    /// Of the last response.
+    pub response_version: Option<HttpVersion>,
     /// Tokens of the last request's `Connection`.
     pub request_connection: Option<Connection>,
     /// Tokens of the last response's `Connection`.
@@ -296,13 +318,37 @@ impl std::fmt::Display for Connection {
 
 impl Serialize for Connection {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        if serializer.is_human_readable() {
+            return serializer.collect_str(self);
+        }
+        serializer.serialize_u8(match *self {
+            Self::Absent => 0,
+            Self::Tokens { close, keep_alive, upgrade, other } => {
+                [close, keep_alive, upgrade, other].iter().rev().fold(0, |bits, set| bits << 1 | u8::from(*set))
+            }
+            Self::Unobserved => u8::MAX,
+        })
+    }
+}
+
+/// From recordings only: the words are not read back.
+impl<'de> Deserialize<'de> for Connection {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bits = u8::deserialize(deserializer)?;
+        let set = |bit: u8| bits & 1 << bit != 0;
+        match bits {
+            0 => Ok(Self::Absent),
+            1..16 => Ok(Self::Tokens { close: set(0), keep_alive: set(1), upgrade: set(2), other: set(3) }),
+            u8::MAX => Ok(Self::Unobserved),
+            _ => Err(serde::de::Error::custom("no such set of tokens")),
+        }
     }
 }
 
 /// Why the connection closed: the closed set. The first rule that fits wins, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Cause {
     /// Ended by a time-out (retransmission, keep-alive probe, user time-out).
     Timeout,
@@ -423,7 +469,7 @@ pub struct State {
 }
 
 /// Records were lost.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Lost {
     /// When this was noticed.
     pub time: Timestamp,
@@ -433,12 +479,15 @@ pub struct Lost {
     pub since: Timestamp,
 }
 
-/// The end of the run.
+/// What closed and why: at the end of the run, and in between where that is asked for.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// When tracing ended.
+    /// When it was made.
     pub time: Timestamp,
-    /// How long it ran, seconds.
+    /// It is the last one, about the whole run.
+    #[serde(rename = "final")]
+    pub last: bool,
+    /// How long tracing has run, seconds.
     pub duration_s: f64,
     /// `close` lines written.
     pub closes: u64,
@@ -450,27 +499,156 @@ pub struct Summary {
     pub lost: u64,
     /// Sockets that could not be followed, for want of kernel memory: their ends are not reported.
     pub untracked: u64,
-    /// Closes by process, `closed_by`, `cause` and peer address, largest first; at most 1,000.
+    /// The time that rates, quantiles and advice are about, seconds up to now: the whole run in the last summary, the time
+    /// since the one before with `--every`, otherwise the last 30 to 60 seconds (twice `--every` at most).
+    pub window_s: f64,
+    /// `close` lines written in that time.
+    pub window_closes: u64,
+    /// Of them, those whose `final` is `time_wait`.
+    pub window_time_wait: u64,
+    /// The same; a connection whose two ends are both on this host counts once.
+    pub window_connections: u64,
+    /// `window_closes` a second.
+    pub closes_per_s: f64,
+    /// `window_time_wait` a second.
+    pub time_wait_per_s: f64,
+    /// Sockets in TIME_WAIT now, in the network namespace of tracer, whoever made them; `null` if the kernel did not say.
+    pub time_wait_sockets: Option<u64>,
+    /// What can be changed, the largest part of TIME_WAIT first; at most 20.
+    pub advice: Vec<Advice>,
+    /// Closes by process, `role`, `closed_by`, `cause`, peer and the server's port, largest first; at most 1,000. Only those
+    /// with a close in the window.
     pub groups: Vec<Group>,
     /// Closes in groups that are not listed.
     pub other_closes: u64,
 }
 
-/// One group of the [`Summary`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// One group of the [`Summary`]. Processes of one name in one cgroup count as one: a server with many workers, a command
+/// that is started again and again.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Group {
     /// Process name; `null` if unknown.
     pub comm: Option<String>,
-    /// Process id; `null` if unknown.
+    /// Process id; `null` if unknown, or if there are several.
     pub pid: Option<u32>,
+    /// The process ids with the most closes in the window, at most 8, in ascending order.
+    pub pids: Vec<u32>,
+    /// There are more than these.
+    pub more_pids: bool,
+    /// Path in the cgroup hierarchy.
+    pub cgroup: Option<String>,
+    /// Which end this is.
+    pub role: Role,
     /// Who closed first.
     pub closed_by: ClosedBy,
     /// Why.
     pub cause: Cause,
+    /// The end that can change that; `null` if there is none, or it is not known which.
+    pub at_fault: Option<Role>,
     /// Remote address, without port.
     pub peer: std::net::IpAddr,
-    /// How many.
+    /// The server's port: the local one of a server, the remote one of a client; `null` if the role is not known.
+    pub port: Option<u16>,
+    /// How many, since tracing began.
     pub closes: u64,
     /// Of them, in TIME_WAIT.
     pub time_wait: u64,
+    /// How many in the window.
+    pub window_closes: u64,
+    /// Of them, in TIME_WAIT.
+    pub window_time_wait: u64,
+    /// Of `window_closes`, those whose other end is on this host, too, and has been counted in a group of its own.
+    pub both_ends: u64,
+    /// `window_closes` a second.
+    pub closes_per_s: f64,
+    /// `window_time_wait` a second.
+    pub time_wait_per_s: f64,
+    /// Requests per connection in the window, connections that were seen from their beginning: the median, off by at most a
+    /// sixteenth (exact below 16); `null` if none spoke HTTP/1.x.
+    pub requests_p50: Option<u64>,
+    /// The 95th percentile.
+    pub requests_p95: Option<u64>,
+    /// Lifetime of the same connections and of those without HTTP, microseconds: the median, off by at most a sixteenth.
+    pub lifetime_p50_us: Option<u64>,
+    /// The 95th percentile.
+    pub lifetime_p95_us: Option<u64>,
+}
+
+/// Something that can be changed, by whom, and what TIME_WAIT would then be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Advice {
+    /// Why the connections closed.
+    pub cause: Cause,
+    /// The end that can change it: `client` or `server`.
+    pub at_fault: Role,
+    /// That end's process name, if it is on this host.
+    pub comm: Option<String>,
+    /// Its process ids, as in [`Group`].
+    pub pids: Vec<u32>,
+    /// There are more than these.
+    pub more_pids: bool,
+    /// Its address if it is on another host, or not known to be on this one; a proxy or NAT may stand for others.
+    pub address: Option<std::net::IpAddr>,
+    /// The server's port, if there is only one.
+    pub port: Option<u16>,
+    /// Connections that closed so, in the window.
+    pub closes: u64,
+    /// Of so many (`window_connections`).
+    pub of_closes: u64,
+    /// Requests per connection: the median, off by at most a sixteenth (exact below 16); `null` if none spoke HTTP/1.x.
+    pub requests_p50: Option<u64>,
+    /// The mean.
+    pub requests_mean: Option<f64>,
+    /// TIME_WAIT made by them on this host, sockets a second.
+    pub time_wait_per_s: f64,
+    /// Sockets in TIME_WAIT to be expected from all that was seen: what is made in 60 s at the rate of the window.
+    pub time_wait_expected: f64,
+    /// What they would be after the change; `null` if that does not follow from what was seen.
+    pub time_wait_after: Option<f64>,
+    /// Requests per connection (mean) of other connections to the same server, which do not have this fault: what
+    /// `time_wait_after` reckons with; `null` if there are none: then that the connections are kept for good.
+    pub reuse: Option<f64>,
+    /// All of it as a sentence. Holds names that another process chose: escape before showing.
+    pub text: String,
+}
+
+/// A limit was reached, or is no longer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Alert {
+    /// When.
+    pub time: Timestamp,
+    /// Reached, or over.
+    pub state: AlertState,
+    /// What is watched.
+    pub metric: Metric,
+    /// What it is now.
+    pub value: f64,
+    /// Its limit.
+    pub limit: f64,
+    /// Sockets in TIME_WAIT now, in the network namespace of tracer, whoever made them; `null` if the kernel did not say.
+    pub time_wait_sockets: Option<u64>,
+    /// TIME_WAIT seen made in the last ten seconds, sockets a second, in all network namespaces, within the filters.
+    pub time_wait_per_s: f64,
+    /// The first advice of a summary of this moment; `null` if there is none, and once it is over.
+    pub advice: Option<Advice>,
+}
+
+/// What became of an alert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AlertState {
+    /// The limit was reached.
+    Raised,
+    /// It was below four fifths of the limit for ten seconds.
+    Cleared,
+}
+
+/// What an alert watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// `--alert-time-wait`: sockets in TIME_WAIT in the network namespace of tracer.
+    TimeWait,
+    /// `--alert-rate`: TIME_WAIT seen made, sockets a second.
+    Rate,
 }

@@ -10,15 +10,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
+use ipnet::IpNet;
 use log::{Log, debug};
 use tracer_ebpf::{Config, Offsets, counter, filter};
 
+use crate::decode::Blind;
 use crate::descendants;
-use crate::preflight::Refusal;
+use crate::filter::{Filter, prefixes};
+use crate::preflight::{self, Refusal};
 
 /// The programs. Committed, so that building tracer needs no BPF toolchain; `TRACER_BPF_OBJECT` at build time names
 /// another object, for testing programs that were just built.
@@ -33,6 +37,14 @@ pub struct Ask {
     pub ports: Vec<u16>,
     /// Process names, NUL-padded. Empty: all.
     pub comms: Vec<[u8; 16]>,
+    /// Networks of the remote address. Empty: all.
+    pub peers: Vec<IpNet>,
+    /// Networks of the local address. Empty: all.
+    pub locals: Vec<IpNet>,
+    /// Inode numbers of network namespaces. Empty: all.
+    pub netns: Vec<u32>,
+    /// How long a connection must have been open for its end to be reported, microseconds; not with `states`.
+    pub min_duration_us: Option<u64>,
     /// A record for every transition.
     pub states: bool,
     /// Keep the query string of targets.
@@ -41,6 +53,21 @@ pub struct Ask {
     pub close_wait_after: Duration,
     /// Size of the ring buffer, bytes: a power of two, and at least a page.
     pub ring_bytes: u32,
+}
+
+impl Ask {
+    /// What a filter asks of the programs, but for names.
+    pub fn of(filter: &Filter) -> Self {
+        Self {
+            pids: filter.pids.clone(),
+            ports: filter.ports.clone(),
+            peers: filter.peers.clone(),
+            locals: filter.locals.clone(),
+            netns: filter.netns.clone(),
+            min_duration_us: filter.min_us,
+            ..Self::default()
+        }
+    }
 }
 
 /// What [`Kernel::attach`] gives.
@@ -73,32 +100,156 @@ pub struct Kernel {
     pub hooks: Vec<String>,
     /// What could not be attached, and what that costs.
     pub degraded: Vec<String>,
+    /// The same, for the verdict.
+    pub blind: Blind,
 }
 
-/// Tracepoints, and the programs of the same name.
-const TRACEPOINTS: [&str; 4] = ["tcp_receive_reset", "tcp_send_reset", "tcp_rcv_space_adjust", "sched_process_exit"];
+/// A place in the kernel where programs are attached.
+#[derive(Clone, Debug)]
+pub struct Hook {
+    /// As it is shown.
+    pub name: &'static str,
+    /// Where.
+    pub place: Place,
+    /// What it means that it cannot be had.
+    pub without: Without,
+}
 
-/// The last one to be attached: a socket's first transition must find the hooks that complete it.
-const TRANSITIONS: &str = "inet_sock_set_state";
+/// Where a [`Hook`] is.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    /// A tracepoint, and the programs that are attached to it, in their order.
+    Tracepoint(&'static str, &'static [&'static str]),
+    /// Packets at the cgroup-v2 root, and the program.
+    Packets(Direction, &'static str),
+    /// The walk over every open file: it is made at once.
+    OpenFiles,
+    /// The walk over every followed socket: it is prepared.
+    Sockets,
+}
 
-/// At the same hook, behind that one: what it is kept from seeing.
-const NESTED_TRANSITIONS: &str = "inet_sock_set_state_nested";
+/// Which packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Those that arrive.
+    Ingress,
+    /// Those that leave.
+    Egress,
+}
+
+/// What it means that a [`Hook`] cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Without {
+    /// Tracing is refused.
+    Refused,
+    /// Likewise, but it is asked for with `--pid` only.
+    RefusedWithPid,
+    /// Tracing goes on, and this is what is not known.
+    Degraded(&'static str),
+}
 
 /// Only with `--pid`: its descendants.
-const PID_TRACEPOINTS: [&str; 2] = ["sched_process_fork", "sched_process_free"];
+const PID_HOOKS: [Hook; 2] = [
+    tracepoint("tp_btf/sched_process_fork", "sched_process_fork", &["sched_process_fork"], Without::RefusedWithPid),
+    tracepoint("tp_btf/sched_process_free", "sched_process_free", &["sched_process_free"], Without::RefusedWithPid),
+];
 
-impl Kernel {
-    /// Loads the programs, attaches them (`cgroup` is the root of the cgroup-v2 hierarchy), and finds the owners of the
-    /// sockets that are open already.
-    ///
-    /// # Errors
-    /// What the kernel refused, with the program or map that it refused.
-    pub fn attach(ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Attached> {
+/// In the order in which they are attached. A socket's first transition must find the hooks that complete it, so that hook
+/// is the last one; behind its program is another for what that one is kept from seeing. The walks come when all is there.
+const HOOKS: [Hook; 9] = [
+    tracepoint(
+        RECEIVE_RESET,
+        "tcp_receive_reset",
+        &["tcp_receive_reset"],
+        Without::Degraded(
+            "a RST is told by the socket's error alone: of a connection that its process had closed before, or that was \
+             refused, who ended it is unobserved, and its cause unknown",
+        ),
+    ),
+    tracepoint(
+        SEND_RESET,
+        "tcp_send_reset",
+        &["tcp_send_reset"],
+        Without::Degraded(
+            "a RST that follows the end of a socket, or precedes its abort, is not seen: where there may be one, how it \
+             ended is unobserved, and its cause unknown",
+        ),
+    ),
+    tracepoint(
+        "tp_btf/tcp_rcv_space_adjust",
+        "tcp_rcv_space_adjust",
+        &["tcp_rcv_space_adjust"],
+        Without::Degraded(
+            "who reads from a socket is not seen: the process is who connected, who closed, or who held it at the start; \
+             else it is unknown, and --pid and --comm leave it out",
+        ),
+    ),
+    tracepoint(
+        PROCESS_EXIT,
+        "sched_process_exit",
+        &["sched_process_exit"],
+        Without::Degraded(
+            "a close that the kernel makes for a process that has ended (io_uring) is not told from others: where it may be \
+             one, the cause is unknown",
+        ),
+    ),
+    Hook {
+        name: "cgroup_skb/ingress",
+        place: Place::Packets(Direction::Ingress, "ingress"),
+        without: Without::Refused,
+    },
+    Hook { name: "cgroup_skb/egress", place: Place::Packets(Direction::Egress, "egress"), without: Without::Refused },
+    tracepoint(
+        "tp_btf/inet_sock_set_state",
+        "inet_sock_set_state",
+        &["inet_sock_set_state", "inet_sock_set_state_nested"],
+        Without::Refused,
+    ),
+    Hook { name: "iter/task_file", place: Place::OpenFiles, without: Without::Refused },
+    Hook {
+        name: "iter/bpf_sk_storage_map",
+        place: Place::Sockets,
+        without: Without::Degraded("sockets that stay in CLOSE_WAIT are not reported"),
+    },
+];
+
+const RECEIVE_RESET: &str = "tp_btf/tcp_receive_reset";
+const SEND_RESET: &str = "tp_btf/tcp_send_reset";
+const PROCESS_EXIT: &str = "tp_btf/sched_process_exit";
+
+const fn tracepoint(
+    name: &'static str,
+    tracepoint: &'static str,
+    programs: &'static [&'static str],
+    without: Without,
+) -> Hook {
+    Hook { name, place: Place::Tracepoint(tracepoint, programs), without }
+}
+
+/// The hooks that tracing takes, in order; `with_pids`: those for `--pid`, too.
+pub fn hooks(with_pids: bool) -> Vec<Hook> {
+    let pid_hooks = if with_pids { PID_HOOKS.as_slice() } else { &[] };
+    pid_hooks.iter().chain(&HOOKS).cloned().collect()
+}
+
+/// The programs and their maps, created but not yet loaded, and where they go.
+struct Object<'a> {
+    ebpf: Ebpf,
+    btf: Btf,
+    cgroup: &'a OwnedFd,
+    close_wait: Option<SocketWalk>,
+}
+
+impl<'a> Object<'a> {
+    fn new(ask: &Ask, cgroup: &'a OwnedFd, offsets: &Offsets) -> Result<Self> {
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
                 (!ask.ports.is_empty(), filter::PORT),
                 (!ask.comms.is_empty(), filter::COMM),
+                (!ask.peers.is_empty(), filter::PEER),
+                (!ask.locals.is_empty(), filter::LOCAL),
+                (!ask.netns.is_empty(), filter::NETNS),
             ]
             .into_iter()
             .filter_map(|(on, bit)| on.then_some(bit))
@@ -106,6 +257,7 @@ impl Kernel {
             states: ask.states.into(),
             full_target: ask.full_target.into(),
             close_wait_ns: u64::try_from(ask.close_wait_after.as_nanos()).unwrap_or(u64::MAX),
+            min_duration_ns: ask.min_duration_us.filter(|_| !ask.states).unwrap_or(0).saturating_mul(1000),
             _pad: 0,
         };
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
@@ -116,45 +268,95 @@ impl Kernel {
             .map_max_entries("RING", ask.ring_bytes)
             .load(OBJECT)
             .context("cannot create the maps of the kernel programs")?;
-        let log = EbpfLogger::init(&mut ebpf).context("cannot read the programs' log")?;
-
         fill(&mut ebpf, "PORTS", &ask.ports.iter().map(|port| (*port, 1u8)).collect::<Vec<_>>())?;
+        fill(&mut ebpf, "NETNS", &ask.netns.iter().map(|netns| (*netns, 1u8)).collect::<Vec<_>>())?;
+        fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
+        fill_prefixes(&mut ebpf, "LOCALS", &ask.locals)?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
+        Ok(Self { ebpf, btf, cgroup, close_wait: None })
+    }
 
-        let mut hooks = Vec::new();
-        let pid_tracepoints = if ask.pids.is_empty() { &[] } else { PID_TRACEPOINTS.as_slice() };
-        for name in pid_tracepoints.iter().chain(&TRACEPOINTS) {
-            tracepoint(&mut ebpf, name, name, &btf)?;
-            hooks.push(format!("tp_btf/{name}"));
+    /// Loads the programs of one hook and attaches them.
+    fn attach(&mut self, hook: &Hook) -> Result<()> {
+        let name = hook.name;
+        match hook.place {
+            Place::Tracepoint(tracepoint, programs) => {
+                for program in programs {
+                    let program: &mut BtfTracePoint = self::program(&mut self.ebpf, program)?.try_into()?;
+                    program
+                        .load(tracepoint, &self.btf)
+                        .with_context(|| format!("the kernel refused program {name}"))?;
+                    program.attach().with_context(|| format!("cannot attach {name}"))?;
+                }
+            }
+            Place::Packets(direction, program) => {
+                let direction = match direction {
+                    Direction::Ingress => CgroupSkbAttachType::Ingress,
+                    Direction::Egress => CgroupSkbAttachType::Egress,
+                };
+                let program: &mut CgroupSkb = self::program(&mut self.ebpf, program)?.try_into()?;
+                program.load().with_context(|| format!("the kernel refused program {name}"))?;
+                program
+                    .attach(self.cgroup.as_fd(), direction, CgroupAttachMode::Single)
+                    .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;
+            }
+            Place::OpenFiles => walk_open_files(&mut self.ebpf, &self.btf)?,
+            Place::Sockets => self.close_wait = Some(SocketWalk::new(&mut self.ebpf, &self.btf)?),
         }
-        follow(&mut ebpf, &ask.pids)?;
-        for (name, direction) in [("ingress", CgroupSkbAttachType::Ingress), ("egress", CgroupSkbAttachType::Egress)] {
-            let program: &mut CgroupSkb = program(&mut ebpf, name)?.try_into()?;
-            program.load().with_context(|| format!("the kernel refused program cgroup_skb/{name}"))?;
-            program
-                .attach(cgroup.as_fd(), direction, CgroupAttachMode::Single)
-                .with_context(|| format!("cannot attach cgroup_skb/{name} to the cgroup-v2 root"))?;
-            hooks.push(format!("cgroup_skb/{name}"));
-        }
-        for name in [TRANSITIONS, NESTED_TRANSITIONS] {
-            tracepoint(&mut ebpf, name, TRANSITIONS, &btf)?;
-        }
-        hooks.push(format!("tp_btf/{TRANSITIONS}"));
+        Ok(())
+    }
+}
 
-        walk_open_files(&mut ebpf, &btf)?;
-        hooks.push("iter/task_file".to_owned());
+/// Attaches each of `hooks`, as tracing does, except that one which is refused does not end it; then detaches all.
+///
+/// # Errors
+/// Not even the maps can be created.
+pub fn try_each(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Vec<Result<()>>> {
+    let mut object = Object::new(ask, cgroup, offsets)?;
+    Ok(hooks.iter().map(|hook| object.attach(hook)).collect())
+}
 
+impl Kernel {
+    /// Loads the programs, attaches them (`cgroup` is the root of the cgroup-v2 hierarchy), and finds the owners of the
+    /// sockets that are open already.
+    ///
+    /// # Errors
+    /// What the kernel refused, with the program or map that it refused. A hook that can be done without is no error, but
+    /// in [`Kernel::degraded`].
+    pub fn attach(ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Attached> {
+        Self::attach_to(&hooks(!ask.pids.is_empty()), ask, cgroup, offsets)
+    }
+
+    /// The same with other hooks than [`hooks`].
+    ///
+    /// # Errors
+    /// As for [`Kernel::attach`].
+    pub fn attach_to(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Attached> {
+        let mut object = Object::new(ask, cgroup, offsets)?;
+        let log = EbpfLogger::init(&mut object.ebpf).context("cannot read the programs' log")?;
+
+        let mut attached = Vec::new();
         let mut degraded = Vec::new();
-        let close_wait = match SocketWalk::new(&mut ebpf, &btf) {
-            Ok(walk) => {
-                hooks.push("iter/bpf_sk_storage_map".to_owned());
-                Some(walk)
+        let mut blind = Blind::default();
+        let mut followed = false;
+        for hook in hooks {
+            // Behind the hook on forks, and before the first that sees a socket.
+            if matches!(hook.place, Place::Packets(..)) && !followed {
+                follow(&mut object.ebpf, &ask.pids)?;
+                followed = true;
             }
-            Err(error) => {
-                degraded.push(format!("sockets that stay in CLOSE_WAIT are not reported: {error:#}"));
-                None
+            match (object.attach(hook), hook.without) {
+                (Ok(()), _) => attached.push(hook.name.to_owned()),
+                (Err(error), Without::Degraded(cost)) => {
+                    degraded.push(preflight::without_hook(hook.name, cost, &error));
+                    blind.receive_reset |= hook.name == RECEIVE_RESET;
+                    blind.send_reset |= hook.name == SEND_RESET;
+                    blind.exits |= hook.name == PROCESS_EXIT;
+                }
+                (Err(error), _) => return Err(error),
             }
-        };
+        }
+        let Object { mut ebpf, close_wait, .. } = object;
 
         for (name, program) in ebpf.programs() {
             // Only those that were loaded have any; since Linux 5.16.
@@ -166,7 +368,7 @@ impl Kernel {
         let ring = RingBuf::try_from(take(&mut ebpf, "RING")?)?;
         let looks_until = Array::try_from(take(&mut ebpf, "LOOKS_UNTIL")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
-        let kernel = Self { ebpf: Some(ebpf), counters, close_wait, hooks, degraded };
+        let kernel = Self { ebpf: Some(ebpf), counters, close_wait, hooks: attached, degraded, blind };
         Ok(Attached { kernel, ring, looks_until, log })
     }
 
@@ -214,6 +416,16 @@ fn fill<K: aya::Pod, V: aya::Pod>(ebpf: &mut Ebpf, name: &str, entries: &[(K, V)
     Ok(())
 }
 
+fn fill_prefixes(ebpf: &mut Ebpf, name: &str, networks: &[IpNet]) -> Result<()> {
+    let map = ebpf.map_mut(name).with_context(|| format!("the object has no map {name}"))?;
+    let mut map = LpmTrie::<_, [u8; 16], u8>::try_from(map)?;
+    for (bits, address, is_wanted) in prefixes(networks) {
+        map.insert(&Key::new(bits, address), u8::from(is_wanted), 0)
+            .with_context(|| format!("{} networks are too many for map {name}", networks.len()))?;
+    }
+    Ok(())
+}
+
 /// Enters processes and their descendants. The hook on forks, which is attached already, adds the children of those that
 /// are entered; so walks are made until one finds nobody who was not: then no child was born in between.
 fn follow(ebpf: &mut Ebpf, pids: &[u32]) -> Result<()> {
@@ -226,14 +438,6 @@ fn follow(ebpf: &mut Ebpf, pids: &[u32]) -> Result<()> {
         }
         fill(ebpf, "PIDS", &new)?;
     }
-    Ok(())
-}
-
-/// Loads program `name` and attaches it to `hook`.
-fn tracepoint(ebpf: &mut Ebpf, name: &str, hook: &str, btf: &Btf) -> Result<()> {
-    let program: &mut BtfTracePoint = program(ebpf, name)?.try_into()?;
-    program.load(hook, btf).with_context(|| format!("the kernel refused program tp_btf/{name}"))?;
-    program.attach().with_context(|| format!("cannot attach tp_btf/{name}"))?;
     Ok(())
 }
 

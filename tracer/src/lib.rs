@@ -2,18 +2,26 @@
 //!
 //! A library only so that tests can feed recorded bytes to the steps that need no root. Its API is not stable.
 
+pub mod alert;
 pub mod broker;
 pub mod cli;
 pub mod connection;
 pub mod decode;
 pub mod demo;
 pub mod descendants;
+pub mod doctor;
 pub mod event;
+pub mod explain;
+pub mod filter;
 pub mod kernel;
+pub mod manual;
 pub mod offsets;
 pub mod preflight;
 pub mod privileges;
 pub mod process;
+pub mod record;
+pub mod report;
+pub mod reporter;
 pub mod ring;
 pub mod run;
 pub mod sandbox;

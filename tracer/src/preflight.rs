@@ -1,7 +1,8 @@
 //! What this host must have, checked before BPF is touched.
 //!
 //! Each refusal names the cause and the remedy, and has its own exit code. What is missing but can be done without is
-//! not a refusal: it is listed in the `start` event.
+//! not a refusal: it is listed in the `start` event. Each message reads "what it means; how to mend it". `tracer run` asks
+//! for all of it at once by [`check`], `tracer doctor` step by step.
 
 use std::fmt;
 use std::fs;
@@ -28,9 +29,26 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// `--pid` names a process that does not exist.
+    /// `--pid` names a process that does not exist; or that is not to be seen.
     pub fn no_such_process(pid: u32) -> Self {
-        Self { code: exit::USAGE, message: format!("--pid {pid}: there is no such process") }
+        let exists = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+            .is_some_and(|pid| !matches!(rustix::process::test_kill_process(pid), Err(Errno::SRCH)));
+        match processes() {
+            Err(hidden) if exists => Self { code: exit::PRIVILEGES, message: format!("--pid {pid}: {hidden}") },
+            _ => Self { code: exit::USAGE, message: format!("--pid {pid}: there is no such process") },
+        }
+    }
+
+    /// The file that something is to be written to cannot be made.
+    pub fn cannot_make(path: &Path, error: &std::io::Error) -> Self {
+        Self { code: exit::FAILURE, message: format!("cannot make {}: {error}", path.display()) }
+    }
+
+    /// Tracing went on, but writing the recording failed, which was said then.
+    pub fn recording_incomplete() -> Self {
+        Self { code: exit::INCOMPLETE, message: "the recording is incomplete".to_owned() }
     }
 }
 
@@ -60,6 +78,10 @@ pub mod exit {
     pub const CGROUP: u8 = 6;
     /// The kernel refused for security policy.
     pub const POLICY: u8 = 7;
+    /// A recording is incomplete: it could not be written to its end, or not be read to it.
+    pub const INCOMPLETE: u8 = 8;
+    /// `tracer doctor --strict`: it works, but not all of it.
+    pub const DEGRADED: u8 = 9;
 }
 
 /// What was found.
@@ -90,17 +112,89 @@ pub fn check() -> Result<Host, Refusal> {
     privileges(&mut degraded)?;
     let offsets = kernel()?;
     let cgroup = cgroup(&mut degraded)?;
-    if !in_initial_pid_namespace() {
-        degraded.push(
-            "not in the host's pid namespace: process ids are the host's, and exe, cgroup and container are not looked \
-             up; run tracer on the host (in a container: --pid=host)"
-                .to_owned(),
-        );
-    }
+    degraded.extend(pid_namespace().err());
+    degraded.extend(processes().err());
+    degraded.extend(jit().err());
     Ok(Host { cgroup, offsets, degraded })
 }
 
-fn privileges(degraded: &mut Vec<String>) -> Result<(), Refusal> {
+/// Whether process ids are the host's.
+///
+/// # Errors
+/// What it costs that they are not.
+pub(crate) fn pid_namespace() -> Result<(), String> {
+    // Without `/proc` that is not known; `processes` says so.
+    if in_initial_pid_namespace() || !Path::new("/proc/self/ns/pid").exists() {
+        return Ok(());
+    }
+    Err("not in the host's pid namespace: process ids are the host's, and exe, cgroup and container are not looked up; \
+         run tracer on the host (in a container: --pid=host)"
+        .to_owned())
+}
+
+/// Whether `/proc` shows the processes, those of other users, too.
+///
+/// # Errors
+/// What it costs that it does not.
+pub(crate) fn processes() -> Result<(), String> {
+    if !Path::new("/proc/self/stat").exists() {
+        return Err("/proc is not mounted: exe, cgroup and container of processes, --pid, and what is left of a \
+                    connection whose peer has not closed its end are unknown; mount -t proc proc /proc"
+            .to_owned());
+    }
+    // `hidepid` shows other users' processes to nobody but `CAP_SYS_PTRACE` and a group.
+    if fs::read("/proc/1/stat").is_err() {
+        return Err(
+            "/proc hides processes of other users (hidepid): their exe, cgroup and container are unknown, and \
+                    --pid does not find them; run tracer as root, or mount -o remount,hidepid=0 /proc"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// Whether the kernel compiles BPF programs. Not known in a network namespace other than the first, which has no such setting.
+///
+/// # Errors
+/// What it costs that it does not.
+pub(crate) fn jit() -> Result<(), String> {
+    match fs::read_to_string("/proc/sys/net/core/bpf_jit_enable") {
+        Ok(setting) if setting.trim() == "0" => Err(
+            "the kernel does not compile BPF programs but interprets them: tracing slows the host down several times \
+                 as much; sysctl -w net.core.bpf_jit_enable=1"
+                .to_owned(),
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// What it costs that `sock_diag` does not answer.
+pub(crate) fn without_sock_diag(error: &std::io::Error) -> String {
+    format!(
+        "sock_diag for TCP does not answer ({error}): what is left of a connection whose peer has not closed its end is \
+         unknown; modprobe tcp_diag"
+    )
+}
+
+/// What it costs (`cost`) that `hook` was refused.
+pub(crate) fn without_hook(hook: &str, cost: &str, error: &anyhow::Error) -> String {
+    let remedy = if denied(error) { "run tracer on the host, outside of it" } else { "run a kernel that has it" };
+    let why = if denied(error) { format!("; {}", policy()) } else { String::new() };
+    // The verifier's report, if there is one, is no part of this.
+    let error = one_line(&format!("{error:#}"));
+    format!("without {hook} {cost} ({error}{why}); {remedy}")
+}
+
+/// The first line, without what would read as the end of what it means.
+fn one_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().replace("; ", ", ")
+}
+
+/// Whether this process may load programs and attach them; what it may not do besides is appended to `degraded`.
+///
+/// # Errors
+/// It may not.
+pub(crate) fn privileges(degraded: &mut Vec<String>) -> Result<(), Refusal> {
     let refuse =
         |what: String| Refusal { code: exit::PRIVILEGES, message: format!("{what}; run it as root: sudo tracer run") };
     let have = caps::read(None, CapSet::Effective)
@@ -130,7 +224,10 @@ pub fn kernel_release() -> String {
 }
 
 /// Distributions carry features back to older versions: so the kernel is asked for what is needed, not for its number.
-fn kernel() -> Result<Offsets, Refusal> {
+///
+/// # Errors
+/// It has no BTF, or lacks something.
+pub(crate) fn kernel() -> Result<Offsets, Refusal> {
     let release = kernel_release();
     if !Path::new(VMLINUX).exists() {
         return Err(Refusal {
@@ -156,7 +253,7 @@ fn kernel() -> Result<Offsets, Refusal> {
 }
 
 /// The state of kernel lockdown, for the explanation of a refusal; `None` where the kernel has none.
-fn lockdown() -> Option<String> {
+pub(crate) fn lockdown() -> Option<String> {
     let modes = fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
     let (_, rest) = modes.split_once('[')?;
     let (mode, _) = rest.split_once(']')?;
@@ -169,25 +266,34 @@ pub fn explain(error: anyhow::Error) -> Refusal {
         Ok(refusal) => return refusal,
         Err(error) => error,
     };
-    let denied = error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .and_then(Errno::from_io_error)
-            .is_some_and(|errno| matches!(errno, Errno::PERM | Errno::ACCESS))
-    });
-    let verifier = error.chain().any(|cause| cause.to_string().contains("processed "));
     let release = kernel_release();
-    if denied && !verifier {
-        let policy = lockdown().map_or_else(
-            || "a security policy (LSM, seccomp, a container's profile) forbids it".to_owned(),
-            |mode| format!("kernel lockdown is in {mode} mode"),
-        );
+    if denied(&error) {
+        let policy = policy();
         return Refusal {
             code: exit::POLICY,
             message: format!("kernel {release} refused: {error:#}\n{policy}; run tracer on the host, outside of it"),
         };
     }
     Refusal { code: exit::KERNEL, message: format!("kernel {release} refused: {error:#}") }
+}
+
+/// Whether it was refused for security policy, and not by the verifier, whose answer is the same error with a report.
+fn denied(error: &anyhow::Error) -> bool {
+    let denied = error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .and_then(Errno::from_io_error)
+            .is_some_and(|errno| matches!(errno, Errno::PERM | Errno::ACCESS))
+    });
+    denied && !error.chain().any(|cause| cause.to_string().contains("processed "))
+}
+
+/// Which policy that is, as far as it can be told.
+fn policy() -> String {
+    lockdown().map_or_else(
+        || "a security policy (LSM, seccomp, a container's profile) forbids it".to_owned(),
+        |mode| format!("kernel lockdown is in {mode} mode"),
+    )
 }
 
 /// Whether process ids here are the host's: the initial pid namespace has a fixed inode number
@@ -198,15 +304,18 @@ pub(crate) fn in_initial_pid_namespace() -> bool {
 
 /// Opens the root of the cgroup-v2 hierarchy: where it is mounted, or through a detached mount of our own, which needs no
 /// mount point and vanishes with its descriptor.
-fn cgroup(degraded: &mut Vec<String>) -> Result<OwnedFd, Refusal> {
+///
+/// # Errors
+/// There is none, and none can be mounted.
+pub(crate) fn cgroup(degraded: &mut Vec<String>) -> Result<OwnedFd, Refusal> {
     let refuse = |what: String| Refusal {
         code: exit::CGROUP,
         message: format!(
             "no cgroup-v2 hierarchy can be used: {what}; mount one: mount -t cgroup2 none /sys/fs/cgroup/unified"
         ),
     };
-    let mounts = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|error| refuse(format!("cannot read /proc/self/mountinfo ({error})")))?;
+    // Without `/proc` it is not known where one is mounted.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let open =
         |path: &Path| rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let cgroup = match mounted(&mounts).iter().find_map(|path| open(path).ok().filter(is_root)) {

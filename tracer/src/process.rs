@@ -40,8 +40,8 @@ pub struct Processes {
     cache: LruCache<(u32, u64), Cached>,
     /// [`BELIEVED`]
     believed: Duration,
-    /// Process id and start in clock ticks of this process.
-    own: Option<(u32, u64)>,
+    /// Process id of this process, and its start in clock ticks; `None`: `/proc` did not say.
+    own: (u32, Option<u64>),
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,14 +78,15 @@ impl Processes {
     /// With another directory for `/proc`.
     fn at(proc: &Path) -> Self {
         let own = std::fs::read("/proc/self/stat").ok().and_then(|stat| start_ticks(&stat));
-        let own = own.map(|start| (std::process::id(), start));
+        let own = (std::process::id(), own);
         Self { proc: proc.to_owned(), broker: None, cache: LruCache::new(CACHED), believed: BELIEVED, own }
     }
 
     /// Whether it is this process, which owns no connection: but its walk over the open files at the start holds each of
     /// them for a moment, and if it is closed in that moment, its end is ours to make.
     pub fn is_own(&self, task: &Task) -> bool {
-        self.own == Some((task.pid, task.start_ns / TICK_NS))
+        let (pid, start) = self.own;
+        pid == task.pid && start.is_none_or(|start| start == task.start_ns / TICK_NS)
     }
 
     /// Describes a process. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
@@ -487,10 +488,14 @@ mod tests {
 
     #[test]
     fn this_process_knows_itself() {
-        let (pid, ticks) = Processes::new().own.expect("a start time");
+        let (pid, ticks) = Processes::new().own;
+        let ticks = ticks.expect("a start time");
         assert!(Processes::new().is_own(&task(pid, ticks, "me")));
         assert!(!Processes::new().is_own(&task(pid, ticks + 1, "me")));
         assert!(!Processes::new().is_own(&task(pid + 1, ticks, "me")));
+        // Without `/proc` the id must do: while this process lives it is nobody else's.
+        let unknown = Processes { own: (pid, None), ..Processes::new() };
+        assert!(unknown.is_own(&task(pid, ticks + 1, "me")) && !unknown.is_own(&task(pid + 1, ticks, "me")));
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! them is a bounded queue: when stdout is not read, this thread stops reading, the ring buffer fills, and the programs
 //! count what they lose. The traced host is never blocked, and a signal is always heard.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,14 +21,17 @@ use crate::broker::Broker;
 use crate::connection::Connections;
 use crate::decode::decode;
 use crate::event::{Event, Lost, Start};
+use crate::filter::Filter;
 use crate::kernel::{Ask, Attached, Counters, Kernel};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
+use crate::record::{self, Recording};
+use crate::reporter::{self, Batch, Reporter, Wanted};
 use crate::ring::{Ring, watch};
 use crate::sandbox::{self, Part};
 use crate::sink::Sink;
-use crate::sink::summary::{Missed, Summarizer};
+use crate::sink::summary::{Missed, Moment};
 use crate::time_wait::SockDiag;
 
 /// What to trace, and how to print it.
@@ -36,14 +40,20 @@ pub struct Options {
     pub ask: Ask,
     /// The filters as on the command line.
     pub filters: Vec<String>,
+    /// Those of them that the programs do not apply.
+    pub filter: Filter,
     /// End by itself after this time.
     pub duration: Option<Duration>,
+    /// Summaries in between, and alerts.
+    pub wanted: Wanted,
     /// Whether the two processes are confined, see [`sandbox`].
     pub sandbox: bool,
     /// Processes that were started will be ended here.
     pub ends_children: bool,
     /// How to print.
     pub sink: Sink,
+    /// Where to record it, too.
+    pub record: Option<record::Target>,
 }
 
 /// Batches of events on their way to the writer.
@@ -52,6 +62,8 @@ const QUEUE: usize = 64;
 const BATCH: usize = 1024;
 /// How long the writer may take to print the rest after the end.
 const GRACE: Duration = Duration::from_secs(2);
+/// How often the writer is asked again to write what is to be recorded, if it was busy.
+const FLUSH_AGAIN: Duration = Duration::from_millis(50);
 /// How often losses are looked for.
 const LOSS_CHECK: Duration = Duration::from_secs(1);
 
@@ -68,13 +80,23 @@ pub fn run(options: Options) -> Result<()> {
     let broker = Arc::new(Broker::start(options.sandbox)?);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
-    runtime.block_on(trace(options, host, broker))
+    let recording = match &options.record {
+        Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
+        None => None,
+    };
+    runtime.block_on(trace(options, host, broker, recording))
 }
 
-async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> Result<()> {
+async fn trace(
+    options: Options,
+    host: preflight::Host,
+    broker: Arc<Broker>,
+    recording: Option<Recording>,
+) -> Result<()> {
     // Handlers first: a signal during the start must end it like any other.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut summary_wanted = signal(SignalKind::user_defined1())?;
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
@@ -87,32 +109,35 @@ async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> 
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut sock_diag = SockDiag::by(Arc::clone(&broker))?;
+    // Without `/proc` its own namespace is not known; the host's check has said so.
+    let mut sock_diag = SockDiag::by(Arc::clone(&broker)).unwrap_or_else(|_| SockDiag::unable());
     if let Err(error) = sock_diag.probe() {
-        let missing = format!(
-            "sock_diag for TCP does not answer ({error}): what is left of a connection whose peer has not closed its end \
-             is unknown; modprobe tcp_diag"
-        );
+        let missing = preflight::without_sock_diag(&error);
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut connections = Connections::new(Processes::by(broker), sock_diag, options.ask.states);
+    let mut connections = Connections::new(Processes::by(broker), sock_diag, options.ask.states).blind(kernel.blind);
 
-    let time_wait = time_wait_sockets();
+    let sockstat = Sockstat::open();
+    let time_wait_max = time_wait_max();
     // Last before the first thread, and before the first record is read: from here on no file can be opened.
     if options.sandbox {
         sandbox::confine(Part::Reader { ends_children: options.ends_children })?;
     }
-    let (queue, batches) = mpsc::channel::<Vec<Event>>(QUEUE);
-    let writer = Writer::start(options.sink, batches, began)?;
+    let (queue, batches) = mpsc::channel::<Batch>(QUEUE);
+    let records = recording.is_some();
+    let every = options.wanted.every;
+    let reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
+    let writer = Writer::start(reporter, batches, records)?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
-        version: env!("CARGO_PKG_VERSION"),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: preflight::kernel_release(),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         filters: options.filters,
         hooks: kernel.hooks.clone(),
-        time_wait,
+        time_wait: sockstat.time_wait(),
+        time_wait_max,
         degraded,
     });
     let mut losses = Losses { missed: Missed::default(), since: Timestamp::now() };
@@ -120,6 +145,11 @@ async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> 
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut close_wait_check = tokio::time::interval(close_wait_period(options.ask.close_wait_after));
     close_wait_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut summary_ticks = every.map(|every| {
+        let mut ticks = tokio::time::interval_at((began + every).into(), every);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        ticks
+    });
     let closed = stdout_closed();
     tokio::pin!(closed);
     let end = async {
@@ -131,9 +161,14 @@ async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> 
     tokio::pin!(end);
 
     let mut events = vec![start];
+    // When what was sent must be in the recording.
+    let mut flush_at = None;
+    // What the writer is asked for, behind these.
+    let mut ask = None;
     let outcome = loop {
+        events.retain(|event| options.filter.passes(event));
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
-        let full = !events.is_empty();
+        let full = !events.is_empty() || ask.is_some();
         let poll_at = connections.next_poll();
         tokio::select! {
             biased;
@@ -142,10 +177,24 @@ async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> 
             () = &mut end => break Ok(()),
             () = &mut closed => break Ok(()),
             permit = queue.reserve(), if full => match permit {
-                Ok(permit) => permit.send(std::mem::take(&mut events)),
+                Ok(permit) => {
+                    permit.send(Batch { events: std::mem::take(&mut events), ask: ask.take() });
+                    flush_at = flush_at.or_else(|| records.then(|| Instant::now() + record::FLUSH_AFTER));
+                }
                 // The writer has ended: stdout is closed, or failed; it says which.
                 Err(_) => break Ok(()),
             },
+            _ = summary_wanted.recv(), if !full => {
+                ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat)));
+            }
+            () = tick(&mut summary_ticks), if !full => {
+                ask = Some((reporter::Ask::Every, moment(losses.missed, &sockstat)));
+            }
+            // Before the ring: alerts are for when there is always something in it.
+            _ = loss_check.tick(), if !full => {
+                losses.check(&kernel, &mut events)?;
+                ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat)));
+            }
             ready = ring.ready(), if !full => {
                 ready?;
                 connections.set_clock();
@@ -155,8 +204,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> 
             () = until(poll_at), if !full && poll_at.is_some() => {
                 connections.poll(Instant::now(), &mut events);
             }
-            _ = loss_check.tick(), if !full => {
-                losses.check(&kernel, &mut events)?;
+            () = until(flush_at), if flush_at.is_some() => {
+                // An empty batch asks for it.
+                flush_at = queue.try_send(Batch::default()).is_err().then(|| Instant::now() + FLUSH_AGAIN);
             }
             _ = close_wait_check.tick(), if !full => {
                 if let Err(error) = kernel.look_for_close_wait() {
@@ -176,8 +226,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Arc<Broker>) -> 
     let now = Instant::now();
     while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
     connections.finish(now, &mut events);
+    events.retain(|event| options.filter.passes(event));
     losses.check(&kernel, &mut events)?;
-    writer.end(queue, events, losses.missed).await?;
+    writer.end(queue, events, losses.missed, sockstat).await?;
     outcome
 }
 
@@ -193,6 +244,16 @@ fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, events: &m
         Ok(fact) => connections.fact(fact, now, events),
         Err(error) => warn!("the kernel programs wrote something that is no record: {error}"),
     })
+}
+
+/// Never, if no summaries are wanted in between.
+async fn tick(ticks: &mut Option<tokio::time::Interval>) {
+    match ticks {
+        Some(ticks) => {
+            ticks.tick().await;
+        }
+        None => std::future::pending().await,
+    }
 }
 
 async fn until(at: Option<Instant>) {
@@ -243,72 +304,101 @@ async fn stdout_closed() {
     }
 }
 
-/// Sockets in TIME_WAIT in the network namespace of tracer, by `/proc/net/sockstat`.
-fn time_wait_sockets() -> Option<u64> {
-    let sockstat = std::fs::read_to_string("/proc/net/sockstat").ok()?;
-    let mut words = sockstat.lines().find(|line| line.starts_with("TCP:"))?.split(' ').skip_while(|word| *word != "tw");
-    words.nth(1)?.parse().ok()
+/// `/proc/net/sockstat` of the network namespace of tracer, opened while files can be.
+struct Sockstat(Option<File>);
+
+impl Sockstat {
+    fn open() -> Self {
+        Self(File::open("/proc/net/sockstat").ok())
+    }
+
+    /// Sockets in TIME_WAIT now.
+    fn time_wait(&self) -> Option<u64> {
+        let mut file = self.0.as_ref()?;
+        // From the beginning it is written anew.
+        file.rewind().ok()?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).ok()?;
+        let mut words = text.lines().find(|line| line.starts_with("TCP:"))?.split(' ').skip_while(|word| *word != "tw");
+        words.nth(1)?.parse().ok()
+    }
 }
 
-/// The thread that formats and writes.
+/// How many there may be.
+fn time_wait_max() -> Option<u64> {
+    std::fs::read_to_string("/proc/sys/net/ipv4/tcp_max_tw_buckets").ok()?.trim().parse().ok()
+}
+
+/// Now, with what was missed up to now.
+fn moment(missed: Missed, sockstat: &Sockstat) -> Moment {
+    Moment { time: Timestamp::now(), now: Instant::now(), missed, time_wait_sockets: sockstat.time_wait() }
+}
+
+/// Lets no SIGUSR1 end this process before tracing begins; from then on it asks for a summary.
+pub fn ignore_usr1() {
+    // SAFETY: it is a signal that can be ignored, and no handler is set that could do something wrong.
+    unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+}
+
+/// The thread that formats, records and writes.
 struct Writer {
-    thread: std::thread::JoinHandle<(Summarizer, Sink, io::Result<()>)>,
-    began: Instant,
+    thread: std::thread::JoinHandle<(Reporter, io::Result<()>)>,
+    /// Whether it is recorded, too.
+    records: bool,
 }
 
 impl Writer {
-    fn start(sink: Sink, mut batches: mpsc::Receiver<Vec<Event>>, began: Instant) -> io::Result<Self> {
+    fn start(mut reporter: Reporter, mut batches: mpsc::Receiver<Batch>, records: bool) -> io::Result<Self> {
         let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
-            let mut sink = sink;
-            let mut summary = Summarizer::new();
+            let mut printed = Ok(());
             while let Some(batch) = batches.blocking_recv() {
-                if let Err(error) = write(&mut sink, &batch, &mut summary) {
-                    return (summary, sink, Err(error));
+                if printed.is_ok() {
+                    printed = reporter.take(&batch);
+                } else {
+                    reporter.record(&batch.events);
+                }
+                if printed.is_err() {
+                    // Nothing more is sent, and tracing ends; what is on its way is still recorded.
+                    batches.close();
                 }
             }
-            (summary, sink, Ok(()))
+            (reporter, printed)
         })?;
-        Ok(Self { thread, began })
+        Ok(Self { thread, records })
     }
 
     /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
-    async fn end(self, queue: mpsc::Sender<Vec<Event>>, rest: Vec<Event>, missed: Missed) -> Result<()> {
-        let began = self.began;
+    async fn end(self, queue: mpsc::Sender<Batch>, rest: Vec<Event>, missed: Missed, sockstat: Sockstat) -> Result<()> {
+        let Self { thread, records } = self;
         let finish = tokio::task::spawn_blocking(move || {
-            // Fails only where the writer has ended already, and says why below.
-            let _ = queue.blocking_send(rest);
+            // Fails only where stdout has failed, which is said below; it is still recorded.
+            let unsent = queue.blocking_send(Batch { events: rest, ask: None }).err().map(|unsent| unsent.0.events);
             drop(queue);
-            let (summary, mut sink, written) =
-                self.thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
-            written?;
-            let summary = summary.finish(Timestamp::now(), began.elapsed(), missed);
-            write(&mut sink, &[Event::Summary(summary)], &mut Summarizer::new())
+            let (mut reporter, printed) = thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
+            reporter.record(&unsent.unwrap_or_default());
+            let printed = reporter.finish(printed, &moment(missed, &sockstat));
+            // Last, as the disk may not answer.
+            let recorded = reporter.finish_recording();
+            Ok::<_, io::Error>((recorded, printed))
         });
         match tokio::time::timeout(GRACE, finish).await {
-            Ok(done) => match done? {
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-                done => done.context("cannot write to stdout"),
-            },
+            Ok(done) => {
+                let (recorded, printed) = done??;
+                match printed {
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                    printed => printed.context("cannot write to stdout")?,
+                }
+                if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
+            }
             Err(_) => {
-                warn!("stdout was not read for {} s: the rest is dropped", GRACE.as_secs());
+                let code = if records { preflight::exit::INCOMPLETE } else { preflight::exit::SUCCESS };
+                let nor = if records { ", or the recording not written," } else { "" };
+                warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
                 // The writer is stuck in a write; nothing else is left to be done.
-                std::process::exit(preflight::exit::SUCCESS.into());
+                std::process::exit(code.into());
             }
         }
     }
-}
-
-fn write(sink: &mut Sink, events: &[Event], summary: &mut Summarizer) -> io::Result<()> {
-    let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
-    for event in events {
-        match event {
-            Event::Close(close) => summary.close(close),
-            Event::CloseWait(_) => summary.close_wait(),
-            _ => {}
-        }
-        sink.event(event, &mut out)?;
-    }
-    out.flush()
 }
 
 /// Whether a refusal is behind this error, and with which exit code.

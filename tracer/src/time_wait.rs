@@ -97,6 +97,11 @@ impl SockDiag {
         Ok(Self { broker: Some(broker), ..Self::new()? })
     }
 
+    /// One that knows no namespace, not even its own: every answer will be [`Answer::Unknown`].
+    pub fn unable() -> Self {
+        Self { own: 0, sockets: HashMap::new(), sequence: 0, buffer: Vec::new(), answers: false, broker: None }
+    }
+
     /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each. If
     /// it does not, every answer will be [`Answer::Unknown`].
     ///
@@ -104,7 +109,7 @@ impl SockDiag {
     /// It does not.
     pub fn probe(&mut self) -> io::Result<()> {
         let probed = Self::walk_nothing();
-        self.answers = probed.is_ok();
+        self.answers = probed.is_ok() && self.own != 0;
         probed
     }
 

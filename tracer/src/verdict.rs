@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use crate::decode::Socket;
-use crate::event::{Cause, Close, ClosedBy, Connection, Final, FinalSource, How, Http, Protocol, Role, TcpState};
+use crate::event::{
+    Cause, Close, ClosedBy, Connection, Final, FinalSource, How, Http, HttpVersion, Protocol, Role, TcpState,
+};
 
 /// Values of `sk_err` that say how a socket ended.
 mod errno {
@@ -16,6 +18,7 @@ mod errno {
     pub(super) const EPIPE: u16 = 32;
     pub(super) const ECONNABORTED: u16 = 103;
     pub(super) const ECONNRESET: u16 = 104;
+    pub(super) const ECONNREFUSED: u16 = 111;
     pub(super) const ETIMEDOUT: u16 = 110;
 }
 
@@ -49,6 +52,9 @@ pub enum Fate {
 /// The kernel ends the full socket in the same way for TIME_WAIT, for a reset and for an abort; what tells them apart is
 /// the state before, `sk_err`, and which segments were seen.
 pub fn ending(socket: &Socket) -> Ending {
+    if let Some(open) = left_open(socket) {
+        return open;
+    }
     if reset_arrived(socket) {
         return by_reset(socket, ClosedBy::Remote);
     }
@@ -97,6 +103,49 @@ pub fn ending(socket: &Socket) -> Ending {
         // SYN_SENT: the application gave up, or ICMP refused.
         _ => without_segment(socket),
     }
+}
+
+/// The ending as far as it is known, where a hook that this host lacks would decide it.
+fn left_open(socket: &Socket) -> Option<Ending> {
+    if by_somebodys_reset(socket) {
+        return Some(Ending {
+            how: Some(How::Rst),
+            fate: Fate::Known(Final::Reset, FinalSource::State),
+            ..unobserved(socket)
+        });
+    }
+    // A RST refuses a connection, or ICMP does.
+    let refused = socket.blind.receive_reset
+        && !socket.rst_received
+        && socket.old == TcpState::SynSent
+        && socket.sk_err == errno::ECONNREFUSED;
+    // Before `tcp_abort`, and after a keep-alive probe that ICMP has answered, a RST is sent; or there was nothing to reset,
+    // and the error is an old one.
+    let gave_up = socket.blind.send_reset
+        && !socket.rst_sent
+        && !socket.rst_received
+        && !timed_out(socket)
+        && (aborted(socket) || (socket.old == TcpState::FinWait2 && errno::BY_ICMP.contains(&socket.sk_err)));
+    (refused || gave_up).then(|| unobserved(socket))
+}
+
+/// A RST ended it, but the error does not say whose. The kernel ends a socket in the same way when data comes after its
+/// process had closed it, and then sends one.
+const fn by_somebodys_reset(socket: &Socket) -> bool {
+    socket.blind.receive_reset
+        && !socket.rst_received
+        && !socket.rst_sent
+        && socket.shut_down
+        && matches!(socket.sk_err, errno::ECONNRESET | errno::EPIPE)
+}
+
+/// How a socket ended of which that was not seen.
+pub const fn unobserved(socket: &Socket) -> Ending {
+    let closed_by = match socket.first_end {
+        ClosedBy::None => ClosedBy::Unobserved,
+        seen => seen,
+    };
+    Ending { closed_by, how: Some(How::Unobserved), fate: Fate::Known(Final::Unknown, FinalSource::Inferred) }
 }
 
 /// A socket in CLOSE_WAIT, which has not ended: its peer has.
@@ -184,7 +233,12 @@ const RULES: [(Cause, Rule); 16] = [
 
 /// Why a socket ended: the first rule that fits, or [`Cause::Unknown`].
 pub fn cause(socket: &Socket, ending: &Ending) -> Cause {
-    RULES.iter().find(|(_, fits)| fits(socket, ending)).map_or(Cause::Unknown, |(cause, _)| *cause)
+    let found = RULES.iter().find(|(_, fits)| fits(socket, ending)).map_or(Cause::Unknown, |(cause, _)| *cause);
+    // An earlier rule might fit, if it could be asked on this host.
+    let open = ending.how == Some(How::Unobserved)
+        || by_somebodys_reset(socket)
+        || (found > Cause::ProcessExit && may_be_exit(socket, ending));
+    if open { Cause::Unknown } else { found }
 }
 
 fn timeout(_: &Socket, ending: &Ending) -> bool {
@@ -202,6 +256,11 @@ fn reset_by_local(socket: &Socket, ending: &Ending) -> bool {
 
 fn process_exit(socket: &Socket, ending: &Ending) -> bool {
     socket.closed_by_exit && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
+}
+
+/// Likewise, for all that this host can tell: no process made the local close, so the kernel did, and for whom is not known.
+fn may_be_exit(socket: &Socket, ending: &Ending) -> bool {
+    socket.blind.exits && socket.closer.is_none() && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
 }
 
 fn unused(socket: &Socket, _: &Ending) -> bool {
@@ -322,8 +381,8 @@ fn exchange(socket: &Socket) -> Option<Persistence> {
         return None;
     }
     match (http.request_version?, http.response_version?) {
-        ("1.0", _) if asked != Said::KeepAlive || told != Said::KeepAlive => Some(Persistence::Http10),
-        (_, "1.0") if told != Said::KeepAlive => Some(Persistence::Http10),
+        (HttpVersion::V10, _) if asked != Said::KeepAlive || told != Said::KeepAlive => Some(Persistence::Http10),
+        (_, HttpVersion::V10) if told != Said::KeepAlive => Some(Persistence::Http10),
         _ => Some(Persistence::Persistent),
     }
 }
@@ -335,7 +394,7 @@ fn persistent(socket: &Socket, ending: &Ending) -> bool {
         && !socket.scan.request_incomplete
         && !socket.scan.requests_lost
         && !socket.scan.responses_lost
-        && ending.closed_by != ClosedBy::None
+        && !matches!(ending.closed_by, ClosedBy::None | ClosedBy::Unobserved)
 }
 
 /// From the last payload byte to the first FIN or RST, or to the socket's end if there was none; microseconds. `None`
@@ -408,14 +467,39 @@ pub fn advice(close: &Close) -> Option<String> {
     Some(fixed.to_owned())
 }
 
+/// The end that can change why the connection closed: the one that asked for it, that speaks HTTP/1.0, or that closed first
+/// without being asked. `None` where there is nothing to change, or it is not known who could.
+pub fn at_fault(close: &Close) -> Option<Role> {
+    let status = close.http.as_ref().and_then(|http| http.status);
+    match close.cause {
+        // Whoever closed it: the client opened it.
+        Cause::RequestClose | Cause::Unused => Some(Role::Client),
+        Cause::ResponseClose if is_old_client(close) => Some(Role::Client),
+        // The error is what has to be looked into.
+        Cause::ResponseClose if status.is_some_and(|status| status >= 400) => None,
+        Cause::ResponseClose => Some(Role::Server),
+        Cause::Http10 if is_old_client(close) => Some(Role::Client),
+        Cause::Http10 => Some(Role::Server),
+        Cause::IdleTimeout | Cause::NoReuse => match closing_side(close)? {
+            Side::Server => Some(Role::Server),
+            Side::Client => Some(Role::Client),
+        },
+        _ => None,
+    }
+}
+
+/// The client knows no persistent connections, and the server no other choice.
+fn is_old_client(close: &Close) -> bool {
+    close.http.as_ref().is_some_and(|http| {
+        http.request_version == Some(HttpVersion::V10)
+            && !http.request_connection.is_some_and(Connection::is_keep_alive)
+    })
+}
+
 fn response_close_advice(close: &Close) -> String {
     let http = close.http.as_ref();
-    let old_client = http.is_some_and(|http| {
-        http.request_version == Some("1.0") && !http.request_connection.is_some_and(Connection::is_keep_alive)
-    });
     match http.and_then(|http| http.status) {
-        // The server had no other choice.
-        _ if old_client => "HTTP/1.0 client, no keep-alive".to_owned(),
+        _ if is_old_client(close) => "HTTP/1.0 client, no keep-alive".to_owned(),
         // An error is often the reason that the server gives the connection up.
         Some(status) if status >= 400 => format!("server answered {status}: Connection: close"),
         _ => "server answered: Connection: close".to_owned(),
@@ -424,7 +508,7 @@ fn response_close_advice(close: &Close) -> String {
 
 fn http10_advice(close: &Close) -> &'static str {
     let http = close.http.as_ref();
-    if http.is_some_and(|http| http.request_version != Some("1.0")) {
+    if http.is_some_and(|http| http.request_version != Some(HttpVersion::V10)) {
         "HTTP/1.0 server, no keep-alive"
     } else if http.is_some_and(|http| http.request_connection.is_some_and(Connection::is_keep_alive)) {
         "server ignored HTTP/1.0 keep-alive"

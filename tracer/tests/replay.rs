@@ -11,10 +11,11 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use proptest::prelude::*;
 use tracer::connection::Connections;
-use tracer::decode::{NotARecord, decode};
-use tracer::event::{Cause, Close, Event, Final, How, Lost, Start};
+use tracer::decode::{Blind, NotARecord, decode};
+use tracer::event::{Cause, Close, ClosedBy, Event, Final, How, Lost, Start};
+use tracer::filter;
 use tracer::process::Processes;
-use tracer::sink::summary::{Missed, Summarizer};
+use tracer::sink::summary::{About, Missed, Moment, Summarizer};
 use tracer::sink::{Json, Text};
 use tracer::time_wait::SockDiag;
 use tracer_ebpf::head::{bit, protocol, token};
@@ -139,7 +140,12 @@ fn noon() -> Timestamp {
 
 /// The events that follow from records, all dated [`noon`].
 fn replay(records: &[Record], states: bool) -> Vec<Event> {
-    let mut connections = Connections::new(Processes::new(), SockDiag::new().expect("/proc"), states);
+    replay_blind(records, states, Blind::default())
+}
+
+/// The same on a host that lacks hooks.
+fn replay_blind(records: &[Record], states: bool, blind: Blind) -> Vec<Event> {
+    let mut connections = Connections::new(Processes::new(), SockDiag::new().expect("/proc"), states).blind(blind);
     let mut events = Vec::new();
     let now = Instant::now();
     for record in records {
@@ -185,12 +191,13 @@ fn print_json(events: &[Event]) -> String {
 fn start() -> Event {
     Event::Start(Start {
         time: noon(),
-        version: "0.0.0",
+        version: "0.0.0".to_owned(),
         kernel: "6.12.0".to_owned(),
         host: "host".to_owned(),
         filters: vec!["--port 8080".to_owned()],
         hooks: vec!["tp_btf/inet_sock_set_state".to_owned()],
         time_wait: Some(20),
+        time_wait_max: Some(131_072),
         degraded: Vec::new(),
     })
 }
@@ -218,7 +225,7 @@ fn the_classic_case_as_json() {
     let mut events = vec![start()];
     events.extend(replay(&classic(), false));
     insta::assert_snapshot!(print_json(&events), @r#"
-    {"type":"start","time":"2026-01-02T12:00:00.123456789Z","version":"0.0.0","kernel":"6.12.0","host":"host","filters":["--port 8080"],"hooks":["tp_btf/inet_sock_set_state"],"time_wait":20,"degraded":[]}
+    {"type":"start","time":"2026-01-02T12:00:00.123456789Z","version":"0.0.0","kernel":"6.12.0","host":"host","filters":["--port 8080"],"hooks":["tp_btf/inet_sock_set_state"],"time_wait":20,"time_wait_max":131072,"degraded":[]}
     {"type":"close","time":"2026-01-02T12:00:00.123456789Z","cookie":4711,"netns":0,"family":"ipv4","local":"127.0.0.1:8080","remote":"127.0.0.1:43210","role":"server","process":{"pid":4200001,"comm":"server","exe":null,"uid":1000,"cgroup":null,"container":null,"source":"read"},"closed_by":"local","closer":null,"how":"fin","final":"time_wait","final_source":"fin","states":[{"state":"ESTABLISHED","at_us":0},{"state":"FIN_WAIT1","at_us":1000},{"state":"FIN_WAIT2","at_us":2000},{"state":"TIME_WAIT","at_us":3000}],"duration_us":3000,"started_before":false,"idle_us":500,"rx_bytes":78,"tx_bytes":152,"protocol":"http/1.1","http":{"requests":1,"responses":1,"method":"GET","target":"/hello","target_truncated":false,"status":200,"request_version":"1.1","response_version":"1.1","request_connection":"close","response_connection":"close","keep_alive_timeout_s":null,"keep_alive_max":null,"answered":true},"cause":"request_close"}
     {"type":"close","time":"2026-01-02T12:00:00.123456789Z","cookie":4712,"netns":0,"family":"ipv4","local":"127.0.0.1:43210","remote":"127.0.0.1:8080","role":"client","process":{"pid":4200002,"comm":"client","exe":null,"uid":1000,"cgroup":null,"container":null,"source":"connect"},"closed_by":"remote","closer":null,"how":"fin","final":"closed","final_source":"state","states":[{"state":"SYN_SENT","at_us":0},{"state":"ESTABLISHED","at_us":1000},{"state":"CLOSE_WAIT","at_us":2000},{"state":"LAST_ACK","at_us":3000},{"state":"CLOSE","at_us":4000}],"duration_us":4000,"started_before":false,"idle_us":500,"rx_bytes":78,"tx_bytes":152,"protocol":"http/1.1","http":{"requests":1,"responses":1,"method":"GET","target":"/hello","target_truncated":false,"status":200,"request_version":"1.1","response_version":"1.1","request_connection":"close","response_connection":"close","keep_alive_timeout_s":null,"keep_alive_max":null,"answered":true},"cause":"request_close"}
     "#);
@@ -435,7 +442,9 @@ fn states_as_text() {
 
 #[test]
 fn lost_and_summary() {
-    let mut summary = Summarizer::new();
+    let began = Instant::now();
+    let moment = |after, missed| Moment { time: noon(), now: began + after, missed, time_wait_sockets: Some(126) };
+    let mut summary = Summarizer::new(began, false, None);
     for (at, (_, record)) in every_cause().into_iter().enumerate() {
         for _ in 0..=at {
             summary.close(&close(&record));
@@ -444,27 +453,45 @@ fn lost_and_summary() {
     summary.close_wait();
     let events = [
         Event::Lost(Lost { time: noon(), records: 17, since: noon() - jiff::SignedDuration::from_secs(61) }),
-        Event::Summary(summary.finish(noon(), Duration::from_millis(21_040), Missed { lost: 17, untracked: 3 })),
-        Event::Summary(Summarizer::new().finish(noon(), Duration::from_secs(1), Missed::default())),
+        Event::Summary(Box::new(
+            summary.summary(About::Run, &moment(Duration::from_millis(21_040), Missed { lost: 17, untracked: 3 })),
+        )),
+        Event::Summary(Box::new(
+            Summarizer::new(began, false, None).summary(About::Run, &moment(Duration::from_secs(1), Missed::default())),
+        )),
     ];
     insta::assert_snapshot!(print_text(&events), @"
     12:00:00 LOST 17 records since 11:58:59: up to as many lines are missing
-    12:00:00 153 closed in 21.0 s, 126 of them left TIME_WAIT, 17 lost, 1 stuck in CLOSE_WAIT, 3 could not be followed
-      CLOSES TIME_WAIT PROCESS            CLOSED CAUSE          PEER
-          17        17 4200001/server     local  unknown        127.0.0.1
-          16         0 4200002/client     remote no_reuse       127.0.0.1
-          15        15 4200001/server     local  idle_timeout   127.0.0.1
-          14        14 4200001/server     local  http10         127.0.0.1
-          13        13 4200001/server     local  response_close 127.0.0.1
-          12        12 4200001/server     local  request_close  127.0.0.1
-          11        11 4200001/server     local  truncated      127.0.0.1
-          10        10 4200001/server     local  unanswered     127.0.0.1
-           9         9 4200001/server     local  not_http       127.0.0.1
-           8         8 4200001/server     local  h2             127.0.0.1
+    12:00:00 153 closed in 21.0 s (7.3/s), 126 of them left TIME_WAIT (6.0/s), 17 lost, 1 stuck in CLOSE_WAIT
+             3 could not be followed
+      14 of 148 closes: server 4200001/server (:8080) closes connections that were idle (1 request per connection). Raise
+        its keep-alive time-out; or make that of its clients the shorter one, so that they close first.
+      14 of 148 closes: client 127.0.0.1 (or a proxy there) speaks HTTP/1.0 without keep-alive (1 request per connection).
+        Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); on this host TIME_WAIT would fall from about 360
+        to about 320 if its connections stay open.
+      13 of 148 closes: server 4200001/server (:8080) answers with Connection: close (1 request per connection). Turn
+        keep-alive on in that server; on this host TIME_WAIT would fall from about 360 to about 320 if its connections stay
+        open.
+      12 of 148 closes: client 127.0.0.1 (or a proxy there) sends Connection: close (1 request per connection). Turn
+        keep-alive on in that client; on this host TIME_WAIT would fall from about 360 to about 330 if its connections stay
+        open.
+      15 of 148 closes: server 127.0.0.1:8080 (or a proxy there) closes after the response, though nobody asked (1 request
+        per connection). Turn keep-alive on in that server.
+      CLOSES      /S TIME_WAIT PROCESS            CLOSED CAUSE          PEER                     REQUESTS  LIFETIME
+          17     0.8        17 4200001/server     local  unknown        :8080 < 127.0.0.1        1/1       2 ms/2 ms
+          16     0.8         0 4200002/client     remote no_reuse       > 127.0.0.1:8080         1/1       3 ms/3 ms
+          15     0.7        15 4200001/server     local  idle_timeout   :8080 < 127.0.0.1        1/1       4.9 s/4.9 s
+          14     0.7        14 4200001/server     local  http10         :8080 < 127.0.0.1        1/1       2 ms/2 ms
+          13     0.6        13 4200001/server     local  response_close :8080 < 127.0.0.1        1/1       2 ms/2 ms
+          12     0.6        12 4200001/server     local  request_close  :8080 < 127.0.0.1        1/1       2 ms/2 ms
+          11     0.5        11 4200001/server     local  truncated      :8080 < 127.0.0.1        1/1       2 ms/2 ms
+          10     0.5        10 4200001/server     local  unanswered     :8080 < 127.0.0.1        1/1       2 ms/2 ms
+           9     0.4         9 4200001/server     local  not_http       :8080 < 127.0.0.1                  2 ms/2 ms
+           8     0.4         8 4200001/server     local  h2             :8080 < 127.0.0.1                  2 ms/2 ms
           28 in other groups
-    12:00:00 0 closed in 1.0 s, 0 of them left TIME_WAIT, 0 lost
+    12:00:00 0 closed in 1.0 s (0.0/s), 0 of them left TIME_WAIT (0.0/s), 0 lost
     ");
-    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","duration_s":1.0,"closes":0,"time_wait":0,"close_wait":0,"lost":0,"untracked":0,"groups":[],"other_closes":0}"#);
+    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","final":true,"duration_s":1.0,"closes":0,"time_wait":0,"close_wait":0,"lost":0,"untracked":0,"window_s":1.0,"window_closes":0,"window_time_wait":0,"window_connections":0,"closes_per_s":0.0,"time_wait_per_s":0.0,"time_wait_sockets":126,"advice":[],"groups":[],"other_closes":0}"#);
 }
 
 #[test]
@@ -484,16 +511,19 @@ fn a_socket_that_its_process_does_not_close() {
 
 #[test]
 fn the_summary_is_bounded_and_counts_everything() {
-    let mut summary = Summarizer::new();
+    let began = Instant::now();
+    let mut summary = Summarizer::new(began, false, None);
     let mut close = close(&server());
     for peer in 0..20_000_u32 {
         close.remote.set_ip(IpAddr::V4(peer.into()));
         summary.close(&close);
     }
-    let summary = summary.finish(noon(), Duration::from_secs(1), Missed::default());
+    let now = began + Duration::from_secs(1);
+    let summary =
+        summary.summary(About::Run, &Moment { time: noon(), now, missed: Missed::default(), time_wait_sockets: None });
     assert_eq!((summary.closes, summary.time_wait), (20_000, 20_000));
     assert_eq!((summary.groups.len(), summary.other_closes), (1_000, 19_000));
-    check(&print_text(&[Event::Summary(summary)]));
+    check(&print_text(&[Event::Summary(Box::new(summary))]));
 }
 
 #[test]
@@ -568,6 +598,20 @@ fn any_record() -> impl Strategy<Value = Record> {
         })
 }
 
+/// With each close so often that there is advice.
+fn summary_of(events: &[Event]) -> Event {
+    let began = Instant::now();
+    let mut summary = Summarizer::new(began, false, None);
+    for event in events {
+        if let Event::Close(close) = event {
+            (0..20).for_each(|_| summary.close(close));
+        }
+    }
+    let now = began + Duration::from_secs(10);
+    let moment = Moment { time: noon(), now, missed: Missed::default(), time_wait_sockets: None };
+    Event::Summary(Box::new(summary.summary(About::Recent, &moment)))
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -584,10 +628,27 @@ proptest! {
         let _ = decode(&bytes);
     }
 
+    /// Filters are refused that no connection can pass: so none may be refused that one has passed.
+    #[test]
+    fn how_any_record_ended_can_be_asked_for(record in any_record()) {
+        for event in replay(&[record], false) {
+            let (Event::Close(close) | Event::CloseWait(close)) = event else { continue };
+            let args = filter::Args {
+                cause: vec![close.cause],
+                closed_by: vec![close.closed_by],
+                fate: close.fate.into_iter().collect(),
+                ..filter::Args::default()
+            };
+            let filter = args.on_record();
+            prop_assert!(filter.is_ok(), "{:?}", filter);
+        }
+    }
+
     #[test]
     fn any_record_prints_lines_that_fit(record in any_record()) {
-        let events = replay(&[record], true);
+        let mut events = replay(&[record], true);
         prop_assert!(!events.is_empty());
+        events.push(summary_of(&events));
         check(&print_text(&events));
         let json = print_json(&events);
         prop_assert!(!json.chars().any(|c| c.is_control() && c != '\n'));
@@ -618,4 +679,26 @@ fn a_reset_that_follows_the_end_belongs_to_it() {
         assert_ne!(of(&[end, other]).1, Final::Reset, "another socket's reset: {old}");
         assert_ne!(of(&[end]).1, Final::TimeWait, "{old}");
     }
+}
+
+/// Where the hook on it is missing, what only that reset could tell is not told.
+#[test]
+fn a_reset_that_may_have_followed_the_end_unseen() {
+    let blind = Blind { send_reset: true, ..Blind::default() };
+    let of = |record: Record| match replay_blind(&[record], false, blind).pop() {
+        Some(Event::Close(close)) => (close.closed_by, close.how, close.fate.expect("it has ended"), close.cause),
+        other => panic!("{other:?} is no close"),
+    };
+    let ends = [
+        (FIN_WAIT2, first_end::LOCAL, flag::FIN_SENT | flag::IN_PROCESS, ClosedBy::Local),
+        (FIN_WAIT1, first_end::NONE, 0, ClosedBy::Unobserved),
+        (LAST_ACK, first_end::REMOTE, flag::FIN_SENT | flag::FIN_RECEIVED | flag::IN_PROCESS, ClosedBy::Remote),
+        (CLOSING, first_end::BOTH, flag::FIN_SENT | flag::FIN_RECEIVED | flag::IN_PROCESS, ClosedBy::Both),
+    ];
+    for (old, first, flags, closed_by) in ends {
+        let end = with(server(), |r| (r.old_state, r.first_end, r.flags) = (old, first, flags));
+        assert_eq!(of(end), (closed_by, Some(How::Unobserved), Final::Unknown, Cause::Unknown), "{old}");
+    }
+    // Where none can follow, all is as ever.
+    assert_eq!(of(server()), (ClosedBy::Local, Some(How::Fin), Final::TimeWait, Cause::NoReuse));
 }

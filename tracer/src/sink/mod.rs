@@ -1,9 +1,10 @@
-//! Events in, bytes for stdout out: as text for people, or as JSON for programs.
+//! Events in, bytes out: as text for people, as JSON for programs, or as a page to attach to an incident.
 //!
 //! Sinks see events only, never wire types. What came from the network or from another process is escaped here, and only
 //! here, before it can reach a terminal. Each event goes out in one write.
 
 pub(crate) mod escape;
+pub mod html;
 pub mod json;
 pub mod summary;
 pub mod text;
@@ -11,6 +12,7 @@ pub mod text;
 use std::io::{self, Write};
 
 use crate::event::Event;
+pub use html::Page;
 pub use json::Json;
 pub use text::Text;
 

@@ -3,6 +3,8 @@
 //! Columns begin at fixed places; one that is too wide (an IPv6 address) pushes the next ones, and the end of the line is
 //! shortened for it, never an address. Widths are those on the terminal: escape sequences do not count.
 
+mod summary;
+
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +15,7 @@ use jiff::tz::TimeZone;
 
 use super::escape::fit;
 use crate::event::{
-    Cause, Close, ClosedBy, Connection, Event, Final, FinalSource, Http, Lost, Process, Role, State, Summary, TcpState,
+    Cause, Close, ClosedBy, Connection, Event, Final, FinalSource, Http, Lost, Process, Role, State, TcpState,
 };
 use crate::verdict;
 
@@ -106,6 +108,7 @@ impl Text {
             Event::State(state) => self.state(state),
             Event::Lost(lost) => self.lost(lost),
             Event::Summary(summary) => self.summary(summary),
+            Event::Alert(alert) => self.alert(alert),
         }
         out.write_all(self.line.text.as_bytes())
     }
@@ -198,55 +201,6 @@ impl Text {
         line.end();
     }
 
-    fn summary(&mut self, summary: &Summary) {
-        self.time(summary.time);
-        let line = &mut self.line;
-        line.stop(column::PROCESS);
-        let Summary { duration_s, closes, time_wait, close_wait, lost, untracked, groups, .. } = summary;
-        line.style(HEADER, |line| {
-            line.put(&format!("{closes} closed in {duration_s:.1} s, {time_wait} of them left TIME_WAIT"));
-        });
-        line.put(", ");
-        line.style(if *lost > 0 { ALARM } else { Style::new() }, |line| line.put(&format!("{lost} lost")));
-        if *close_wait > 0 {
-            line.put(", ");
-            line.style(ALARM, |line| line.put(&format!("{close_wait} stuck in CLOSE_WAIT")));
-        }
-        if *untracked > 0 {
-            line.put(", ");
-            line.style(ALARM, |line| line.put(&format!("{untracked} could not be followed")));
-        }
-        line.end();
-        if groups.is_empty() {
-            return;
-        }
-        line.style(HEADER, |line| {
-            line.put("  CLOSES TIME_WAIT PROCESS            CLOSED CAUSE          PEER");
-        });
-        line.end();
-        for group in groups.iter().take(GROUPS) {
-            line.put(&format!("{:>8} {:>9} ", group.closes, group.time_wait));
-            let begin = line.column;
-            match (&group.comm, group.pid) {
-                (Some(comm), Some(pid)) => line.named(pid, comm),
-                _ => line.put("unknown"),
-            }
-            line.stop(begin + PROCESS_WIDTH + 1);
-            line.put(closed_by_word(group.closed_by));
-            line.stop(begin + PROCESS_WIDTH + 8);
-            line.put(cause_word(group.cause));
-            line.stop(begin + PROCESS_WIDTH + 23);
-            line.put(&group.peer.to_string());
-            line.end();
-        }
-        let shown: u64 = groups.iter().take(GROUPS).map(|group| group.closes).sum();
-        let rest = closes.saturating_sub(shown);
-        if rest > 0 {
-            line.put(&format!("{rest:>8} in other groups"));
-            line.end();
-        }
-    }
-
     fn time(&mut self, time: Timestamp) {
         let second = time.as_second();
         if self.clock.second != Some(second) {
@@ -325,13 +279,9 @@ impl Line {
     }
 
     fn process(&mut self, process: &Process) {
-        self.named(process.pid, &process.comm);
-    }
-
-    fn named(&mut self, pid: u32, comm: &str) {
         let begin = self.column;
-        self.put(&format!("{pid}/"));
-        self.put_within(comm, (begin + PROCESS_WIDTH).saturating_sub(self.column));
+        self.put(&format!("{}/", process.pid));
+        self.put_within(&process.comm, (begin + PROCESS_WIDTH).saturating_sub(self.column));
     }
 
     /// ` (GET /target 200)`, with the target as far as there is room.
@@ -359,7 +309,7 @@ impl Line {
 }
 
 /// `850 us`, `12 ms`, `3.4 s`
-fn elapsed(us: u64) -> String {
+pub(super) fn elapsed(us: u64) -> String {
     match us {
         0..1_000 => format!("{us} us"),
         1_000..1_000_000 => format!("{} ms", us / 1_000),
@@ -375,16 +325,18 @@ const fn fate_style(fate: Final) -> Style {
     }
 }
 
-const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
+pub(super) const fn closed_by_word(closed_by: ClosedBy) -> &'static str {
     match closed_by {
         ClosedBy::Local => "local",
         ClosedBy::Remote => "remote",
         ClosedBy::Both => "both",
         ClosedBy::None => "none",
+        // There is no room for its name.
+        ClosedBy::Unobserved => "?",
     }
 }
 
-const fn fate_word(fate: Final) -> &'static str {
+pub(super) const fn fate_word(fate: Final) -> &'static str {
     match fate {
         Final::TimeWait => "time_wait",
         Final::FinWait2 => "fin_wait2",
@@ -395,7 +347,7 @@ const fn fate_word(fate: Final) -> &'static str {
     }
 }
 
-const fn cause_word(cause: Cause) -> &'static str {
+pub(super) const fn cause_word(cause: Cause) -> &'static str {
     match cause {
         Cause::Timeout => "timeout",
         Cause::ResetByPeer => "reset_by_peer",
@@ -417,7 +369,7 @@ const fn cause_word(cause: Cause) -> &'static str {
     }
 }
 
-const fn state_word(state: TcpState) -> &'static str {
+pub(super) const fn state_word(state: TcpState) -> &'static str {
     match state {
         TcpState::Established => "ESTABLISHED",
         TcpState::SynSent => "SYN_SENT",

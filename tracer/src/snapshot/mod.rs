@@ -194,6 +194,13 @@ pub fn run(as_json: bool, styled: bool) -> Result<()> {
     }
 }
 
+/// Whether there is a network namespace of this inode number; `None`: it was not found, but not all could be looked at.
+pub(crate) fn has_namespace(inode: u32) -> Option<bool> {
+    let found = walk::walk();
+    let is_known = found.namespaces.contains_key(&u64::from(inode));
+    if is_known || (found.unreadable == 0 && found.omitted == 0) { Some(is_known) } else { None }
+}
+
 /// Takes a snapshot.
 ///
 /// # Errors

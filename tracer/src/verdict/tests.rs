@@ -1,7 +1,7 @@
 use jiff::Timestamp;
 
 use super::*;
-use crate::decode::Scan;
+use crate::decode::{Blind, Scan};
 use crate::event::{Family, StateAt};
 
 const SECOND: u64 = 1_000_000_000;
@@ -42,6 +42,7 @@ fn socket() -> Socket {
         protocol: Protocol::Http11,
         http: Some(http()),
         scan: Scan::default(),
+        blind: Blind::default(),
     }
 }
 
@@ -53,8 +54,8 @@ fn http() -> Http {
         target: Some("/x".to_owned()),
         target_truncated: false,
         status: Some(200),
-        request_version: Some("1.1"),
-        response_version: Some("1.1"),
+        request_version: Some(HttpVersion::V11),
+        response_version: Some(HttpVersion::V11),
         request_connection: Some(Connection::Absent),
         response_connection: Some(Connection::Absent),
         keep_alive_timeout_s: None,
@@ -500,7 +501,7 @@ mod causes {
         let old = with(|s| {
             idle(s, 5_000);
             let http = s.http.as_mut().expect("HTTP");
-            (http.request_connection, http.request_version) = (CLOSE, Some("1.0"));
+            (http.request_connection, http.request_version) = (CLOSE, Some(HttpVersion::V10));
         });
         assert_eq!(judge(&old), Cause::RequestClose);
     }
@@ -514,7 +515,7 @@ mod causes {
         );
         let error = with_http(|http| (http.response_connection, http.status) = (CLOSE, Some(400)));
         assert_eq!(advised(&error), "server answered 400: Connection: close");
-        let old = with_http(|http| (http.response_connection, http.request_version) = (CLOSE, Some("1.0")));
+        let old = with_http(|http| (http.response_connection, http.request_version) = (CLOSE, Some(HttpVersion::V10)));
         assert_eq!((judge(&old), advised(&old).as_str()), (Cause::ResponseClose, "HTTP/1.0 client, no keep-alive"));
         // A response that nobody asked for; but only if it is certain that nobody did.
         let unasked = |s: &mut Socket| {
@@ -536,30 +537,64 @@ mod causes {
     fn http10() {
         let versions = [
             // Request, its Connection, response, its Connection.
-            (("1.0", ABSENT), ("1.1", ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
-            (("1.0", ABSENT), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
-            (("1.0", ABSENT), ("1.1", KEEP_ALIVE), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
-            (("1.1", ABSENT), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
-            (("1.1", KEEP_ALIVE), ("1.0", ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.0", ABSENT), Cause::Http10, "server ignored HTTP/1.0 keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.1", ABSENT), Cause::Http10, "server ignored HTTP/1.0 keep-alive"),
-            (("1.0", KEEP_ALIVE), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
-            (("1.0", KEEP_ALIVE), ("1.1", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
-            (("1.1", ABSENT), ("1.0", KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
-            (("1.1", ABSENT), ("1.1", ABSENT), Cause::NoReuse, "server closed, nobody asked"),
+            ((HttpVersion::V10, ABSENT), (HttpVersion::V11, ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
+            ((HttpVersion::V10, ABSENT), (HttpVersion::V10, ABSENT), Cause::Http10, "HTTP/1.0 client, no keep-alive"),
+            (
+                (HttpVersion::V10, ABSENT),
+                (HttpVersion::V11, KEEP_ALIVE),
+                Cause::Http10,
+                "HTTP/1.0 client, no keep-alive",
+            ),
+            ((HttpVersion::V11, ABSENT), (HttpVersion::V10, ABSENT), Cause::Http10, "HTTP/1.0 server, no keep-alive"),
+            (
+                (HttpVersion::V11, KEEP_ALIVE),
+                (HttpVersion::V10, ABSENT),
+                Cause::Http10,
+                "HTTP/1.0 server, no keep-alive",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V10, ABSENT),
+                Cause::Http10,
+                "server ignored HTTP/1.0 keep-alive",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V11, ABSENT),
+                Cause::Http10,
+                "server ignored HTTP/1.0 keep-alive",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V10, KEEP_ALIVE),
+                Cause::NoReuse,
+                "server closed, nobody asked",
+            ),
+            (
+                (HttpVersion::V10, KEEP_ALIVE),
+                (HttpVersion::V11, KEEP_ALIVE),
+                Cause::NoReuse,
+                "server closed, nobody asked",
+            ),
+            ((HttpVersion::V11, ABSENT), (HttpVersion::V10, KEEP_ALIVE), Cause::NoReuse, "server closed, nobody asked"),
+            ((HttpVersion::V11, ABSENT), (HttpVersion::V11, ABSENT), Cause::NoReuse, "server closed, nobody asked"),
         ];
         for ((asked_version, asked), (told_version, told), cause, words) in versions {
             let socket = with_http(|http| {
                 (http.request_version, http.request_connection) = (Some(asked_version), asked);
                 (http.response_version, http.response_connection) = (Some(told_version), told);
             });
-            assert_eq!((judge(&socket), advised(&socket).as_str()), (cause, words), "{asked_version} {told_version}");
+            assert_eq!(
+                (judge(&socket), advised(&socket).as_str()),
+                (cause, words),
+                "{asked_version:?} {told_version:?}"
+            );
         }
         // A body that ends with the connection is what HTTP/1.0 does; idle time does not matter.
         let body = with(|s| {
             idle(s, 9_000);
             s.scan.body_until_close = true;
-            s.http.as_mut().expect("HTTP").response_version = Some("1.0");
+            s.http.as_mut().expect("HTTP").response_version = Some(HttpVersion::V10);
         });
         assert_eq!(judge(&body), Cause::Http10);
     }
@@ -649,7 +684,12 @@ mod causes {
     fn the_unobserved_is_never_taken_for_absent() {
         let said = [None, UNOBSERVED, ABSENT, CLOSE, KEEP_ALIVE];
         for (asked, told) in said.iter().flat_map(|asked| said.iter().map(move |told| (*asked, *told))) {
-            for (asked_version, told_version) in [("1.0", "1.0"), ("1.0", "1.1"), ("1.1", "1.0"), ("1.1", "1.1")] {
+            for (asked_version, told_version) in [
+                (HttpVersion::V10, HttpVersion::V10),
+                (HttpVersion::V10, HttpVersion::V11),
+                (HttpVersion::V11, HttpVersion::V10),
+                (HttpVersion::V11, HttpVersion::V11),
+            ] {
                 for (ms, lost) in [(1, (false, false)), (5_000, (false, false)), (1, (true, false)), (1, (false, true))]
                 {
                     let socket = with(|s| {
@@ -671,5 +711,113 @@ mod causes {
                 }
             }
         }
+    }
+}
+
+/// Without a hook nothing may be said that only it could tell; and all the rest as before.
+mod blind {
+    use super::*;
+
+    const RECEIVE: Blind = Blind { receive_reset: true, send_reset: false, exits: false };
+    const SEND: Blind = Blind { receive_reset: false, send_reset: true, exits: false };
+    const EXITS: Blind = Blind { receive_reset: false, send_reset: false, exits: true };
+    const ALL: Blind = Blind { receive_reset: true, send_reset: true, exits: true };
+
+    /// The server has closed, and the peer's FIN has not come.
+    fn closing(change: impl FnOnce(&mut Socket)) -> Socket {
+        with(|s| {
+            (s.old, s.fin_received, s.shut_down) = (TcpState::FinWait1, false, true);
+            change(s);
+        })
+    }
+
+    /// No FIN and no RST was seen.
+    fn open(old: TcpState, sk_err: u16) -> Socket {
+        with(|s| (s.old, s.sk_err, s.fin_received, s.first_end, s.end_ns) = (old, sk_err, false, ClosedBy::None, None))
+    }
+
+    fn told(socket: &Socket) -> (ClosedBy, Option<How>, Cause) {
+        let ending = ending(socket);
+        (ending.closed_by, ending.how, cause(socket, &ending))
+    }
+
+    #[test]
+    fn a_close_with_fins_is_told_as_ever() {
+        for blind in [RECEIVE, SEND, ALL] {
+            let closer = Some(crate::decode::Task {
+                pid: 1,
+                start_ns: 1,
+                uid: 0,
+                comm: [b'x'; 16],
+                source: crate::event::Source::Close,
+            });
+            let socket = with(|s| (s.blind, s.closer) = (blind, closer));
+            assert_eq!(told(&socket), (ClosedBy::Local, Some(How::Fin), Cause::NoReuse));
+            assert_eq!(ending(&socket).fate, Fate::Known(Final::TimeWait, FinalSource::Fin));
+        }
+    }
+
+    #[test]
+    fn the_error_tells_a_reset_by_the_peer() {
+        for (old, error) in [(TcpState::Established, errno::ECONNRESET), (TcpState::CloseWait, errno::EPIPE)] {
+            let mut socket = open(old, error);
+            socket.blind = ALL;
+            assert_eq!(told(&socket), (ClosedBy::Remote, Some(How::Rst), Cause::ResetByPeer), "{old:?}");
+        }
+        // After `shutdown`, too.
+        let socket = closing(|s| (s.sk_err, s.shut_down, s.blind) = (errno::ECONNRESET, false, ALL));
+        assert_eq!(told(&socket), (ClosedBy::Local, Some(How::Rst), Cause::ResetByPeer));
+    }
+
+    #[test]
+    fn after_close_the_error_does_not_tell_whose_reset_it_was() {
+        let socket = closing(|s| (s.sk_err, s.blind) = (errno::ECONNRESET, RECEIVE));
+        assert_eq!(told(&socket), (ClosedBy::Local, Some(How::Rst), Cause::Unknown));
+        assert_eq!(ending(&socket).fate, Fate::Known(Final::Reset, FinalSource::State));
+        let unsent = closing(|s| (s.sk_err, s.blind, s.first_end) = (errno::ECONNRESET, RECEIVE, ClosedBy::None));
+        assert_eq!(told(&unsent), (ClosedBy::Unobserved, Some(How::Rst), Cause::Unknown));
+        // The hook tells.
+        let seen = closing(|s| (s.sk_err, s.blind) = (errno::ECONNRESET, SEND));
+        assert_eq!(told(&seen).2, Cause::ResetByPeer);
+        let ours = closing(|s| (s.sk_err, s.blind, s.rst_sent) = (errno::ECONNRESET, SEND, true));
+        assert_eq!(told(&ours).2, Cause::ResetByLocal);
+    }
+
+    #[test]
+    fn a_connection_that_was_refused() {
+        let mut socket = open(TcpState::SynSent, errno::ECONNREFUSED);
+        socket.blind = RECEIVE;
+        (socket.rx_bytes, socket.tx_bytes, socket.http) = (0, 0, None);
+        assert_eq!(told(&socket), (ClosedBy::Unobserved, Some(How::Unobserved), Cause::Unknown));
+        assert_eq!(ending(&socket).fate, Fate::Known(Final::Unknown, FinalSource::Inferred));
+        // The application gave up: that needs no hook.
+        socket.sk_err = 0;
+        assert_eq!(told(&socket), (ClosedBy::None, None, Cause::Unused));
+    }
+
+    #[test]
+    fn an_abort_may_have_sent_a_reset() {
+        let mut socket = open(TcpState::Established, errno::ECONNABORTED);
+        socket.blind = SEND;
+        assert_eq!(told(&socket), (ClosedBy::Unobserved, Some(How::Unobserved), Cause::Unknown));
+        // Its segment was seen to leave.
+        socket.first_end = ClosedBy::Local;
+        assert_eq!(told(&socket).0, ClosedBy::Local);
+        // EHOSTUNREACH in FIN_WAIT2.
+        let probe = closing(|s| (s.old, s.sk_err, s.blind) = (TcpState::FinWait2, 113, SEND));
+        assert_eq!(told(&probe), (ClosedBy::Local, Some(How::Unobserved), Cause::Unknown));
+        // A time-out is told by its own error.
+        let mut timed_out = open(TcpState::Established, errno::ETIMEDOUT);
+        timed_out.blind = ALL;
+        assert_eq!(told(&timed_out).1, Some(How::Timeout));
+    }
+
+    #[test]
+    fn a_local_close_by_nobody_may_be_an_exit() {
+        let nobody = with(|s| s.blind = EXITS);
+        assert_eq!(told(&nobody), (ClosedBy::Local, Some(How::Fin), Cause::Unknown));
+        assert_eq!(told(&with(|s| (s.blind, s.closed_by_exit) = (EXITS, true))).2, Cause::ProcessExit);
+        assert_eq!(told(&with(|s| (s.blind, s.first_end) = (EXITS, ClosedBy::Remote))).2, Cause::NoReuse);
+        assert_eq!(told(&with(|s| s.blind = RECEIVE)).2, Cause::NoReuse);
     }
 }

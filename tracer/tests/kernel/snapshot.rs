@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -260,19 +261,25 @@ fn pressed(netns: u64) -> Value {
 #[test]
 fn says_when_connect_fails() {
     const PORTS: usize = 200;
-    let namespace = namespace("pressure", "30000 30203");
+    // The rate is that of the last five seconds: on a busy machine they may have passed before it is looked at.
+    let (namespace, listener, in_range, half) = (0..5)
+        .find_map(|attempt| {
+            let namespace = namespace(&format!("pressure{attempt}"), "30000 30203");
+            let listener = namespace.enter(|| {
+                set("ip_local_reserved_ports", "30100-30102,40000");
+                listen(Ipv4Addr::LOCALHOST.into(), SERVER)
+            });
+            // In the range, so it is one less.
+            let in_range = namespace.enter(|| listen(Ipv4Addr::LOCALHOST.into(), 30_050));
+            let began = Instant::now();
+            namespace.enter(|| close(&listener, PORTS / 2, true));
+            let half = pressed(namespace.inode());
+            (began.elapsed() < Duration::from_secs(4)).then_some((namespace, listener, in_range, half))
+        })
+        .expect("one of five is in time");
     let netns = namespace.inode();
-    let listener = namespace.enter(|| {
-        set("ip_local_reserved_ports", "30100-30102,40000");
-        listen(Ipv4Addr::LOCALHOST.into(), SERVER)
-    });
-    // In the range, so it is one less.
-    let _in_range = namespace.enter(|| listen(Ipv4Addr::LOCALHOST.into(), 30_050));
     let to = listener.local_addr().expect("bound");
     let connects = || namespace.enter(|| TcpStream::connect(to)).map_err(|error| error.kind());
-
-    namespace.enter(|| close(&listener, PORTS / 2, true));
-    let half = pressed(netns);
     expect(&half, &json!({ "used": PORTS / 2, "time_wait": PORTS / 2, "ports": PORTS, "share": 0.5, "reusable": 0 }));
     assert!(half["fails_in_s"].as_f64().is_some_and(|seconds| seconds > 0.0 && seconds <= 60.0), "{half:#}");
 
@@ -289,7 +296,7 @@ fn says_when_connect_fails() {
     expect(&pressed(netns), &json!({ "used": PORTS, "share": 0.0, "fails_in_s": null }));
     let client = connects().expect("one is reused");
     expect(&pressed(netns), &json!({ "used": PORTS, "time_wait": PORTS - 1, "reusable": PORTS - 1 }));
-    drop(client);
+    drop((client, in_range));
 }
 
 #[test]

@@ -239,7 +239,7 @@ impl Batch<'_> {
         Ok(true)
     }
 
-    /// Compares what the packets say with what tracer says, and counts.
+    /// Compares what the packets of one capture say with what tracer says, and counts.
     fn judge(
         &self,
         tracer: &Tracer,
@@ -249,71 +249,19 @@ impl Batch<'_> {
         truth: &Truth,
         row: &mut Row,
     ) -> Result<()> {
-        let of_this_batch = |connection: &&Connection| {
-            connection.answered && (self.port..=self.port + 1).contains(&connection.server.port())
-        };
-        let key = |connection: &Connection, end: End| {
-            (namespace.inode, connection.address(end), connection.address(end.peer()))
-        };
-        let mut compared = HashSet::new();
-        let mut expected: HashMap<Key, Vec<(&Connection, End)>> = HashMap::new();
-        for connection in connections.iter().filter(of_this_batch) {
-            if !connection.has_ended() {
-                row.disagree(self, format!("{} > {}: the packets show no end", connection.client, connection.server));
-                continue;
-            }
-            // What passes between the namespaces is in two captures.
-            row.connections += u64::from(ends.contains(&End::Client));
-            // What the raw client sends, and HAProxy passes on, is not for every dissector.
-            if connection.server.port() == self.port
-                && connection.server.ip() != self.route.address(Client::Raw.number())
-                && let Err(differs) = compare::witnesses_agree(connection)
-            {
-                row.disagree(
-                    self,
-                    format!("{} > {}: the witnesses differ: {differs}", connection.client, connection.server),
-                );
-            }
-            if ends.contains(&End::Client) {
-                compared.insert(connection.server);
-            }
-            for end in ends {
-                expected.entry(key(connection, *end)).or_default().push((connection, *end));
-            }
-        }
-        // Where the clients' ends are, each client must have made a connection at least.
-        let clients = Client::ALL.into_iter().filter(|client| *client != Client::WrkClose);
-        let silent: Vec<_> = clients
-            .filter(|client| !compared.contains(&SocketAddr::new(self.route.address(client.number()), self.port)))
-            .collect();
-        if ends.contains(&End::Client) && (ends.len() == 2) == self.route.is_loopback() && !silent.is_empty() {
-            row.disagree(self, format!("no connection of {silent:?}"));
-        }
+        let expected = self.expected(connections, namespace, ends, row);
+        self.every_client_came(connections, ends, row);
         let all_there = |closes: &HashMap<Key, Vec<Value>>| {
-            expected.iter().all(|(key, wanted)| {
-                let needed = wanted.iter().filter(|(connection, end)| !connection.may_have_had_no_socket(*end)).count();
-                closes.get(key).map_or(0, Vec::len) >= needed
-            })
+            expected.iter().all(|(key, wanted)| closes.get(key).map_or(0, Vec::len) >= wanted.len() - no_socket(wanted))
         };
         // What is missing after that is told below.
         let _ = wait_for("tracer's records", || Ok(all_there(&tracer.closes())));
         let closes = tracer.closes();
-        // Records that no packet explains: of a connection in another capture, or that was not answered, there may be one.
-        let known: HashSet<Key> = connections.iter().flat_map(|one| ends.iter().map(|end| key(one, *end))).collect();
-        let of_this_capture = |(netns, local, remote): &&Key| {
-            let ports = [local.port(), remote.port()];
-            *netns == namespace.inode
-                && ports.iter().any(|port| (self.port..=self.port + 1).contains(port))
-                && is_loopback(local, remote) == (ends.len() == 2)
-        };
-        for unexplained in closes.keys().filter(of_this_capture).filter(|key| !known.contains(key)) {
-            row.disagree(self, format!("no packet explains {:?}", closes[unexplained]));
-        }
+        self.no_record_is_unexplained(&closes, connections, namespace, ends, row);
         for (key, wanted) in &expected {
             let mut records: Vec<&Value> = closes.get(key).into_iter().flatten().collect();
             records.sort_by_key(|record| record["time"].as_str());
-            let none = wanted.iter().filter(|(connection, end)| connection.may_have_had_no_socket(*end)).count();
-            if !(wanted.len() - none..=wanted.len()).contains(&records.len()) {
+            if !(wanted.len() - no_socket(wanted)..=wanted.len()).contains(&records.len()) {
                 let (_, local, remote) = key;
                 let seen: Vec<_> = wanted.iter().map(|(connection, _)| connection.summary()).collect();
                 row.disagree(
@@ -334,6 +282,93 @@ impl Batch<'_> {
         }
         Ok(())
     }
+
+    /// Of each pair of addresses the connections, in order, that must have a record for an end.
+    fn expected<'a>(
+        &self,
+        connections: &'a [Connection],
+        namespace: &Namespace,
+        ends: &[End],
+        row: &mut Row,
+    ) -> HashMap<Key, Vec<(&'a Connection, End)>> {
+        let mut expected: HashMap<Key, Vec<(&Connection, End)>> = HashMap::new();
+        for connection in connections.iter().filter(|connection| self.is_ours(connection)) {
+            if !connection.has_ended() {
+                row.disagree(self, format!("{} > {}: the packets show no end", connection.client, connection.server));
+                continue;
+            }
+            // What passes between the namespaces is in two captures.
+            row.connections += u64::from(ends.contains(&End::Client));
+            // What the raw client sends, and HAProxy passes on, is not for every dissector.
+            if connection.server.port() == self.port
+                && connection.server.ip() != self.route.address(Client::Raw.number())
+                && let Err(differs) = compare::witnesses_agree(connection)
+            {
+                row.disagree(
+                    self,
+                    format!("{} > {}: the witnesses differ: {differs}", connection.client, connection.server),
+                );
+            }
+            for end in ends {
+                expected.entry(key(namespace, connection, *end)).or_default().push((connection, *end));
+            }
+        }
+        expected
+    }
+
+    /// An answered connection of this batch.
+    fn is_ours(&self, connection: &Connection) -> bool {
+        connection.answered && (self.port..=self.port + 1).contains(&connection.server.port())
+    }
+
+    /// Where the clients' ends are, each client must have made a connection at least.
+    fn every_client_came(&self, connections: &[Connection], ends: &[End], row: &mut Row) {
+        if !ends.contains(&End::Client) || (ends.len() == 2) != self.route.is_loopback() {
+            return;
+        }
+        let ours = connections.iter().filter(|connection| self.is_ours(connection) && connection.has_ended());
+        let servers: HashSet<SocketAddr> = ours.map(|connection| connection.server).collect();
+        let silent: Vec<_> = Client::ALL
+            .into_iter()
+            .filter(|client| *client != Client::WrkClose)
+            .filter(|client| !servers.contains(&SocketAddr::new(self.route.address(client.number()), self.port)))
+            .collect();
+        if !silent.is_empty() {
+            row.disagree(self, format!("no connection of {silent:?}"));
+        }
+    }
+
+    /// Records that no packet explains. Of a connection that is in another capture, or was not answered, there may be one.
+    fn no_record_is_unexplained(
+        &self,
+        closes: &HashMap<Key, Vec<Value>>,
+        connections: &[Connection],
+        namespace: &Namespace,
+        ends: &[End],
+        row: &mut Row,
+    ) {
+        let of_connection = |one| ends.iter().map(move |end| key(namespace, one, *end));
+        let known: HashSet<Key> = connections.iter().flat_map(of_connection).collect();
+        let of_this_capture = |(netns, local, remote): &&Key| {
+            let ports = [local.port(), remote.port()];
+            *netns == namespace.inode
+                && ports.iter().any(|port| (self.port..=self.port + 1).contains(port))
+                && is_loopback(local, remote) == (ends.len() == 2)
+        };
+        for unexplained in closes.keys().filter(of_this_capture).filter(|key| !known.contains(key)) {
+            row.disagree(self, format!("no packet explains {:?}", closes[unexplained]));
+        }
+    }
+}
+
+/// Where tracer's records of an end are found.
+fn key(namespace: &Namespace, connection: &Connection, end: End) -> Key {
+    (namespace.inode, connection.address(end), connection.address(end.peer()))
+}
+
+/// How many of these ends need not have had a socket.
+fn no_socket(wanted: &[(&Connection, End)]) -> usize {
+    wanted.iter().filter(|(connection, end)| connection.may_have_had_no_socket(*end)).count()
 }
 
 /// Whether both ends are in one namespace: then both have the addresses of the loopback device, or the same one.

@@ -163,10 +163,14 @@ fn build() -> Result<(PathBuf, PathBuf)> {
     Ok((tracer.context("cargo built no tracer")?, tests.context("cargo built no tests")?))
 }
 
-/// The names of all tests.
+/// The names of all tests but those that only run when they are asked for (`#[ignore]`).
 fn names(tests: &Path) -> Result<Vec<String>> {
-    let list = workspace::output(Command::new(tests).arg("--list"))?;
-    Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+    let list = |arguments: &[&str]| -> Result<Vec<String>> {
+        let list = workspace::output(Command::new(tests).args(arguments))?;
+        Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+    };
+    let ignored = list(&["--list", "--ignored"])?;
+    Ok(list(&["--list"])?.into_iter().filter(|name| !ignored.contains(name)).collect())
 }
 
 /// The tests' programs in Go, which would take a guest minutes to compile.

@@ -1,0 +1,292 @@
+//! Hooks that the kernel does not have: tracing goes on without those that it can do without, says what that costs, and says
+//! nothing that only they could have told.
+//!
+//! Here this kernel has them all. So the loader is given other tracepoints, which do not exist, for the same programs, and
+//! what it gives is joined as `tracer run` does it. (This process is the tracer then, so it is named as nobody's owner.)
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tracer::connection::Connections;
+use tracer::decode::decode;
+use tracer::event::Event;
+use tracer::kernel::{self, Ask, Attached, Hook, Kernel, Place};
+use tracer::preflight::{self, exit};
+use tracer::process::Processes;
+use tracer::time_wait::SockDiag;
+
+use crate::peer::{ACK, FIN, PSH, RST, Segment, Wire};
+use crate::rig::{Guard, Listener, PATIENCE, abort, end_of, expect, free_port, get, is_socket, ok, port_of};
+use crate::script::{REQUEST, Script, connect, exchange};
+
+/// The hooks of a kernel that lacks `missing`.
+fn hooks_without(missing: &[&str]) -> Vec<Hook> {
+    let mut hooks = kernel::hooks(false);
+    for name in missing {
+        let hook = hooks.iter_mut().find(|hook| hook.name == *name).expect("one of the hooks");
+        let Place::Tracepoint(_, programs) = hook.place else { panic!("{hook:?} is no tracepoint") };
+        hook.place = Place::Tracepoint("tracer_tests_no_such_tracepoint", programs);
+    }
+    hooks
+}
+
+/// Tracing one port without some hooks.
+struct Blinded {
+    attached: Attached,
+    connections: Connections,
+    events: Vec<Event>,
+}
+
+impl Blinded {
+    /// Attaches all but `missing`, of which must be said that it costs `cost`.
+    fn without(missing: &str, cost: &str, port: u16) -> Self {
+        let blinded = Self::without_all(&[missing], port);
+        let [said] = &blinded.attached.kernel.degraded[..] else { panic!("one hook is missing") };
+        assert!(said.contains(missing) && said.contains(cost) && said.contains("; run a kernel"), "{said}");
+        blinded
+    }
+
+    fn without_all(missing: &[&str], port: u16) -> Self {
+        let host = preflight::check().unwrap_or_else(|refusal| panic!("{refusal}"));
+        let ask = Ask { ports: vec![port], ring_bytes: 1 << 18, ..Ask::default() };
+        let attached = Kernel::attach_to(&hooks_without(missing), &ask, &host.cgroup, &host.offsets).expect("attached");
+        let kernel = &attached.kernel;
+        let wanted: Vec<_> =
+            kernel::hooks(false).iter().map(|hook| hook.name).filter(|hook| !missing.contains(hook)).collect();
+        assert_eq!(kernel.hooks, wanted);
+        assert_eq!(kernel.degraded.len(), missing.len(), "{:?}", kernel.degraded);
+        let connections =
+            Connections::new(Processes::new(), SockDiag::new().expect("/proc"), false).blind(kernel.blind);
+        Self { attached, connections, events: Vec::new() }
+    }
+
+    /// Waits for the record of the socket with these ports.
+    #[track_caller]
+    fn close(&mut self, local: u16, remote: u16) -> Value {
+        self.close_that(|event| is_socket(event, local, remote))
+    }
+
+    /// Waits for the record that `wanted` holds for.
+    #[track_caller]
+    fn close_that(&mut self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + *PATIENCE;
+        loop {
+            let now = Instant::now();
+            while let Some(record) = self.attached.ring.next() {
+                self.connections.fact(decode(&record).expect("a record"), now, &mut self.events);
+            }
+            self.connections.poll(now, &mut self.events);
+            let mut events = self.events.iter().map(|event| serde_json::to_value(event).expect("JSON"));
+            if let Some(close) = events.find(&wanted) {
+                assert_eq!(close["type"], "close");
+                return close;
+            }
+            assert!(now < deadline, "it does not come: {:?}", self.events);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// A close by FINs is told in full.
+    #[track_caller]
+    fn tells_a_close(&mut self, listener: &Listener) {
+        let mut pair = listener.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        let (server, client) = pair.server_closes_first();
+        let wanted = json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": "request_close" });
+        expect(&self.close(server, client), &wanted);
+        let wanted = json!({ "closed_by": "remote", "how": "fin", "final": "closed", "cause": "request_close" });
+        expect(&self.close(client, server), &wanted);
+    }
+}
+
+#[test]
+fn without_tcp_receive_reset() {
+    let listener = Listener::new();
+    let mut tracer = Blinded::without("tp_btf/tcp_receive_reset", "error alone", listener.port);
+    tracer.tells_a_close(&listener);
+    // The error tells.
+    let pair = listener.connect();
+    let (server, client) = (pair.server_port, pair.client_port);
+    abort(pair.client);
+    let wanted = json!({ "closed_by": "remote", "how": "rst", "final": "reset", "cause": "reset_by_peer" });
+    expect(&tracer.close(server, client), &wanted);
+    let wanted = json!({ "closed_by": "local", "how": "rst", "final": "reset", "cause": "reset_by_local" });
+    expect(&tracer.close(client, server), &wanted);
+    // The same error comes by ICMP.
+    let refused = listener.port;
+    drop(listener);
+    let error = TcpStream::connect(("127.0.0.1", refused)).expect_err("nobody listens");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+    // Its own port is not known, but it never was established.
+    let close =
+        tracer.close_that(|event| event["states"][1]["state"] == "CLOSE" && port_of(event, "remote") == Some(refused));
+    let wanted = json!({ "closed_by": "unobserved", "how": "unobserved", "final": "unknown", "cause": "unknown" });
+    expect(&close, &wanted);
+}
+
+#[test]
+fn without_tcp_send_reset() {
+    let listener = Listener::new();
+    let mut tracer = Blinded::without("tp_btf/tcp_send_reset", "follows the end of a socket", listener.port);
+    tracer.tells_a_close(&listener);
+    // Before any FIN only a RST ends it.
+    let pair = listener.connect();
+    let (server, client) = (pair.server_port, pair.client_port);
+    abort(pair.server);
+    expect(&tracer.close(server, client), &json!({ "closed_by": "local", "how": "rst", "cause": "reset_by_local" }));
+    expect(&tracer.close(client, server), &json!({ "closed_by": "remote", "how": "rst", "cause": "reset_by_peer" }));
+    // After one, with unread data, the RST comes when the socket has ended.
+    let mut pair = listener.connect();
+    pair.server.shutdown(Shutdown::Write).expect("open");
+    end_of(&mut pair.client);
+    pair.client.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("open");
+    let (server, client) = (pair.server_port, pair.client_port);
+    pair.server.read_exact(&mut [0]).expect("it has come");
+    drop(pair.server);
+    let wanted = json!({ "closed_by": "local", "how": "unobserved", "final": "unknown", "cause": "unknown" });
+    expect(&tracer.close(server, client), &wanted);
+    // Its peer has the RST.
+    expect(&tracer.close(client, server), &json!({ "closed_by": "remote", "how": "rst", "cause": "reset_by_peer" }));
+}
+
+/// Segment by segment: the process has closed, the peer has not acknowledged that, and a RST of either side comes.
+#[test]
+fn resets_after_our_close_without_their_hooks() {
+    const RECEIVE: &str = "tp_btf/tcp_receive_reset";
+    const SEND: &str = "tp_btf/tcp_send_reset";
+    let wire = Wire::new("blind");
+    let reset_by = |cause: &str| json!({ "closed_by": "local", "how": "rst", "final": "reset", "cause": cause });
+    let unobserved = json!({ "closed_by": "local", "how": "unobserved", "final": "unknown", "cause": "unknown" });
+    let (by_local, by_peer, by_somebody) = (reset_by("reset_by_local"), reset_by("reset_by_peer"), reset_by("unknown"));
+    let cases: [(&[&str], _); 4] = [
+        (&[], [&by_local, &by_local, &by_peer]),
+        (&[RECEIVE], [&by_somebody, &by_local, &by_somebody]),
+        (&[SEND], [&by_local, &unobserved, &by_peer]),
+        (&[RECEIVE, SEND], [&by_somebody, &unobserved, &by_somebody]),
+    ];
+    for (missing, [late, late_with_ack, reset]) in cases {
+        let (listener, port) = wire.listen();
+        let mut tracer = Blinded::without_all(missing, port);
+        let closed = || {
+            let (server, mut peer) = wire.accepted(&listener);
+            drop(server);
+            peer.wait_for("our FIN", |segment| segment.has(FIN));
+            peer
+        };
+        // Late data, which is answered by a RST.
+        let mut peer = closed();
+        let ack = peer.ack.wrapping_sub(1);
+        peer.send(Segment { ack, flags: ACK | PSH, payload: "late".into(), ..peer.at(0) });
+        peer.wait_for("a RST", |segment| segment.has(RST));
+        expect(&tracer.close(port, peer.port), late);
+        // The same with the acknowledgement.
+        let mut peer = closed();
+        peer.data(0, "late");
+        peer.wait_for("a RST", |segment| segment.has(RST));
+        expect(&tracer.close(port, peer.port), late_with_ack);
+        // The peer's.
+        let peer = closed();
+        let ack = peer.ack.wrapping_sub(1);
+        peer.send(Segment { ack, flags: ACK | RST, ..peer.at(0) });
+        expect(&tracer.close(port, peer.port), reset);
+    }
+}
+
+#[test]
+fn without_tcp_rcv_space_adjust() {
+    let port = free_port();
+    let mut tracer = Blinded::without("tp_btf/tcp_rcv_space_adjust", "--pid and --comm", port);
+    let mut server = Script::start(
+        port,
+        "listener = listen()\n\
+         say('listening')\n\
+         for _ in range(2):\n\
+         \x20   connection, _ = listener.accept()\n\
+         \x20   connection.recv(4096)\n\
+         \x20   say('read')\n\
+         \x20   hear()\n\
+         \x20   connection.close()\n\
+         hear()",
+    );
+    server.expect("listening");
+    // Who closes is known all the same.
+    let (mut stream, client) = connect(port);
+    stream.write_all(REQUEST).expect("open");
+    server.expect("read");
+    server.tell("close");
+    end_of(&mut stream);
+    drop(stream);
+    expect(
+        &tracer.close(port, client),
+        &json!({ "closed_by": "local", "process": { "pid": server.pid(), "source": "close" }, "closer": null }),
+    );
+    // Who only reads is not, and nobody else is named.
+    let (mut stream, client) = connect(port);
+    stream.write_all(REQUEST).expect("open");
+    server.expect("read");
+    abort(stream);
+    expect(&tracer.close(port, client), &json!({ "cause": "reset_by_peer", "process": null, "closer": null }));
+}
+
+#[test]
+fn without_sched_process_exit() {
+    let listener = Listener::new();
+    let mut tracer = Blinded::without("tp_btf/sched_process_exit", "io_uring", listener.port);
+    tracer.tells_a_close(&listener);
+    // A process that is killed closes its files itself.
+    let script =
+        format!("exec 3<>/dev/tcp/127.0.0.1/{}; printf 'GET / HTTP/1.1\\r\\n\\r\\n' >&3; kill -9 $$", listener.port);
+    let mut client = Guard(std::process::Command::new("bash").args(["-c", &script]).spawn().expect("a shell starts"));
+    let (mut server, port) = listener.accept();
+    client.wait();
+    end_of(&mut server);
+    drop(server);
+    expect(&tracer.close(port, listener.port), &json!({ "closed_by": "local", "cause": "process_exit" }));
+}
+
+#[test]
+fn what_is_left_in_a_ring_without_sched_process_exit() {
+    let port = free_port();
+    let mut tracer = Blinded::without("tp_btf/sched_process_exit", "io_uring", port);
+    let mut server = Script::start(
+        port,
+        "listener = listen()\n\
+         ring = Ring()\n\
+         ring.register_slots(1)\n\
+         say('listening')\n\
+         ring.run(Ring.ACCEPT, listener.fileno(), file_index=1)\n\
+         buffer = ctypes.create_string_buffer(4096)\n\
+         ring.run(Ring.RECV, 0, ctypes.addressof(buffer), 4096, Ring.FIXED_FILE)\n\
+         ring.run(Ring.SEND, 0, ctypes.addressof(ctypes.create_string_buffer(RESPONSE)), len(RESPONSE), Ring.FIXED_FILE)\n\
+         os._exit(0)",
+    );
+    server.expect("listening");
+    let client = exchange(port);
+    server.ends();
+    // With the hook it is `process_exit`; without, it must not be the request's doing.
+    expect(
+        &tracer.close(port, client),
+        &json!({ "closed_by": "local", "how": "fin", "cause": "unknown", "closer": null, "process": { "pid": server.pid() } }),
+    );
+    // The other end closed by itself.
+    expect(&tracer.close(client, port), &json!({ "closed_by": "remote", "cause": "request_close" }));
+}
+
+#[test]
+fn without_inet_sock_set_state_it_refuses() {
+    let host = preflight::check().unwrap_or_else(|refusal| panic!("{refusal}"));
+    let hooks = hooks_without(&["tp_btf/inet_sock_set_state"]);
+    let ask = Ask { ports: vec![free_port()], ring_bytes: 1 << 16, ..Ask::default() };
+    let Err(error) = Kernel::attach_to(&hooks, &ask, &host.cgroup, &host.offsets) else { panic!("it did not refuse") };
+    let refusal = preflight::explain(error);
+    assert_eq!(refusal.code, exit::KERNEL, "{refusal}");
+    assert!(refusal.message.contains("tp_btf/inet_sock_set_state"), "{refusal}");
+    // Tried one by one, the others work.
+    let tried = kernel::try_each(&hooks, &ask, &host.cgroup, &host.offsets).expect("the maps can be created");
+    let failed: Vec<_> =
+        hooks.iter().zip(&tried).filter(|(_, tried)| tried.is_err()).map(|(hook, _)| hook.name).collect();
+    assert_eq!(failed, ["tp_btf/inet_sock_set_state"]);
+}
