@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::kernel::{self, Ask, Without};
 use crate::offsets::VMLINUX;
 use crate::preflight::{self, Refusal, exit};
+use crate::sandbox;
 use crate::sink::escape::fit;
 use crate::sink::json;
 use crate::time_wait::SockDiag;
@@ -194,6 +195,8 @@ pub fn examine(strict: bool) -> Report {
         findings.push(Finding::unknown("jit", format!("{JIT} is not to be read here")));
     }
     findings.push(lockdown());
+    // What is missing costs no answer: tracer is less confined then.
+    findings.push(Finding::ok("sandbox", format!("tracer confines itself with {}", sandbox::support())));
     if fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|text| text.trim() == "1") {
         findings.push(Finding {
             mend: Some("sysctl -w kernel.bpf_stats_enabled=0".to_owned()),

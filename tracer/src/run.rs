@@ -76,8 +76,11 @@ pub fn run(options: Options) -> Result<()> {
     for missing in &host.degraded {
         warn!("{missing}");
     }
-    // Before anything is opened that it could hold.
-    let broker = Arc::new(Broker::start(options.sandbox)?);
+    // Before anything is opened that it could hold. Without `/proc` it would have nothing to look at, and cannot be started.
+    let broker = match std::fs::symlink_metadata("/proc/self/exe") {
+        Ok(_) => Some(Arc::new(Broker::start(options.sandbox)?)),
+        Err(_) => None,
+    };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
     let recording = match &options.record {
@@ -90,7 +93,7 @@ pub fn run(options: Options) -> Result<()> {
 async fn trace(
     options: Options,
     host: preflight::Host,
-    broker: Arc<Broker>,
+    broker: Option<Arc<Broker>>,
     recording: Option<Recording>,
 ) -> Result<()> {
     // Handlers first: a signal during the start must end it like any other.
@@ -110,13 +113,15 @@ async fn trace(
         degraded.push(missing);
     }
     // Without `/proc` its own namespace is not known; the host's check has said so.
-    let mut sock_diag = SockDiag::by(Arc::clone(&broker)).unwrap_or_else(|_| SockDiag::unable());
+    let sock_diag = broker.as_ref().and_then(|broker| SockDiag::by(Arc::clone(broker)).ok());
+    let mut sock_diag = sock_diag.unwrap_or_else(SockDiag::unable);
     if let Err(error) = sock_diag.probe() {
         let missing = preflight::without_sock_diag(&error);
         warn!("{missing}");
         degraded.push(missing);
     }
-    let mut connections = Connections::new(Processes::by(broker), sock_diag, options.ask.states).blind(kernel.blind);
+    let processes = broker.map_or_else(Processes::new, Processes::by);
+    let mut connections = Connections::new(processes, sock_diag, options.ask.states).blind(kernel.blind);
 
     let sockstat = Sockstat::open();
     let time_wait_max = time_wait_max();
