@@ -93,6 +93,8 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             conn::delete(sk);
         }
         if !conn::ends_pass(sk) {
+            // Made when it was cloned, before it had addresses.
+            conn::delete(sk);
             return;
         }
         let now = conn::now();
@@ -107,6 +109,10 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             }
             return;
         };
+        if new == tcp::CLOSE && conn.marks & mark::ENDED != 0 {
+            // One that was seen twice: where programs can be preempted, `SEEN` may have been overwritten in between.
+            return;
+        }
         if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {
             conn.role = role::SERVER;
         }

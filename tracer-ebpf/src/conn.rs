@@ -383,14 +383,16 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
         (*record).new_state = new as u8;
         (*record).role = conn.role;
         (*record).first_end = conn.first_end;
-        (*record).owner_source = conn.owner_source;
+        // While somebody writes the owner (see `owner::own`) nobody can say who it is.
+        let settled = (&raw const conn.owner_busy).read_volatile() == 0;
+        (*record).owner_source = if settled { conn.owner_source } else { tracer_ebpf::source::NONE };
         (*record)._pad = [0; 7];
         copy_words::<{ size_of::<tracer_ebpf::head::Exchange>() / 8 }>(
             (&raw mut (*record).http).cast(),
             (&raw const conn.http.exchange).cast(),
         );
     }
-    entry.submit(wakeup(at_ns));
+    entry.submit(wakeup(now()));
     true
 }
 

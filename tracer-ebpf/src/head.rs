@@ -489,9 +489,12 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
         http.exchange.protocol = protocol::UNDECIDED;
     }
     lose_direction(http, INGRESS);
+    // What was seen before stays known otherwise. This may be what was dropped.
     if stream(http, INGRESS).kind == kind::RESPONSES {
-        // A response head that was seen stays known otherwise. This one may be what was dropped.
         http.exchange.response_connection = 0;
+        clear(http, bit::HAS_RESPONSE | bit::HAS_TIMEOUT | bit::HAS_MAX);
+    } else if stream(http, INGRESS).kind == kind::REQUESTS {
+        forget(http);
     }
 }
 

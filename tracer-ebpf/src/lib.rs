@@ -95,7 +95,8 @@ pub mod flag {
     pub const COOKIE_LATE: u32 = 1 << 9;
     /// The state change ran in the context of the process that holds the socket lock, not in softirq.
     pub const IN_PROCESS: u32 = 1 << 10;
-    /// The application had shut both directions down (`sk_shutdown`): it has called `close`, or `shutdown` for both.
+    /// Both directions were shut down (`sk_shutdown`). The peer's FIN shuts one down: before it, and in CLOSE_WAIT, the
+    /// application has called `close`, or `shutdown` for both; in LAST_ACK and CLOSING this says nothing.
     pub const SHUT_DOWN: u32 = 1 << 11;
 }
 

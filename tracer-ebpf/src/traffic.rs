@@ -312,31 +312,39 @@ pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32, snd_una: u32) {
     let (seq, len) = if handed { (conn.handed_seq, conn.handed_len) } else { (rcv_nxt, 0) };
     conn.payload_end[INGRESS] = seq.wrapping_add(len);
     let begins = if conn.marks & mark::HANDED_SYN != 0 { seq.wrapping_add(len) } else { seq };
-    if begins != rcv_nxt {
-        restart(conn);
-    }
+    let claimed = begins != rcv_nxt && restart(conn);
     head::role(&mut conn.http, conn.role);
     head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
     head::sync::<EGRESS>(&mut conn.http, snd_una);
     if begins != rcv_nxt {
         head::set_aside(&mut conn.http, seq, len);
     }
+    if claimed {
+        // SAFETY: an aligned word of `conn`.
+        unsafe { scan::exchange(&raw mut conn.http.streams[INGRESS].busy, 0) };
+    }
 }
 
-/// What was read before the socket was cloned was not the beginning: another segment, on its way still, holds that.
+/// What was read before the socket was cloned was not the beginning: another segment, on its way still, holds that. Answers
+/// whether it was forgotten; then no segment is scanned until the caller gives `busy` back.
 #[inline(always)]
-fn restart(conn: &mut Conn) {
+fn restart(conn: &mut Conn) -> bool {
     let full_target = conn.http.full_target;
-    // SAFETY: an aligned word of `conn`; and `Http` is so many words. Clearing them gives `busy` back.
+    // SAFETY: an aligned word of `conn`; and `Http` is so many words. (`head::sync` sets what is beside `busy`.)
     unsafe {
         if scan::exchange(&raw mut conn.http.streams[INGRESS].busy, 1) != 0 {
             // A segment is being read on another CPU right now, from the wrong beginning.
             head::miss::<INGRESS>(&mut conn.http);
-            return;
+            return false;
         }
-        conn::clear_words::<{ size_of::<head::Http>() / 8 }>((&raw mut conn.http).cast());
+        const BUSY: usize =
+            core::mem::offset_of!(head::Http, streams) / 8 + core::mem::offset_of!(head::Stream, busy) / 8;
+        let words = (&raw mut conn.http).cast::<u64>();
+        conn::clear_words::<BUSY>(words);
+        conn::clear_words::<{ size_of::<head::Http>() / 8 - BUSY - 1 }>(words.add(BUSY + 1));
     }
     conn.http.full_target = full_target;
+    true
 }
 
 /// The first sight of a socket, in `state`. The cookie is made by then, so that the mini-socket of a later TIME_WAIT

@@ -96,7 +96,7 @@ pub struct Socket {
     pub time_wait_room: Option<bool>,
     /// The transition ran in the process that holds the socket lock, not in softirq.
     pub in_process: bool,
-    /// The application had closed the socket, or shut both directions down.
+    /// Both directions were shut down; in LAST_ACK and CLOSING that says nothing of the application.
     pub shut_down: bool,
     /// `sk_err`, a positive errno.
     pub sk_err: u16,

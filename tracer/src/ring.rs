@@ -80,18 +80,20 @@ impl Ring {
             record(&item);
             count += 1;
         }
-        let now = Instant::now();
         if count == most {
             // Some may be left.
-            self.look_at = Some(now);
+            self.look_at = Some(Instant::now());
         } else if count > 0 {
             let unwoken = u64::try_from(UNWOKEN.as_nanos()).unwrap_or(0);
             // Where that fails there are more wake-ups, and no more harm than that.
-            if self.looks_until.set(0, monotonic_ns() + unwoken, 0).is_ok() {
+            let told = self.looks_until.set(0, monotonic_ns() + unwoken, 0).is_ok();
+            // Behind it: this thread may have been kept waiting just then.
+            let now = Instant::now();
+            if told {
                 self.settled_at = now + UNWOKEN + LATE;
             }
             self.look_at = Some(now + PAUSE);
-        } else if now < self.settled_at {
+        } else if Instant::now() < self.settled_at {
             self.look_at = Some(self.settled_at);
         }
         count

@@ -197,6 +197,8 @@ async fn trace(
             }
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
+                // Should a wake-up ever be missed, this is how long it takes at most.
+                take(&mut ring, &mut connections, Instant::now(), &mut events);
                 losses.check(&kernel, &mut events)?;
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat)));
             }
@@ -207,6 +209,8 @@ async fn trace(
                 take(&mut ring, &mut connections, now, &mut events);
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
+                // First: that a RST followed may be in the ring by now.
+                take(&mut ring, &mut connections, Instant::now(), &mut events);
                 connections.poll(Instant::now(), &mut events);
             }
             () = until(flush_at), if flush_at.is_some() => {

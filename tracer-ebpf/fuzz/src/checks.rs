@@ -63,6 +63,15 @@ fn receive(http: &mut Http, seq: u32, bytes: &[u8], next: u32) {
     segment::<INGRESS>(http, seq, bytes);
 }
 
+/// [`receive`], or what is sent likewise.
+fn arrive(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], next: u32) {
+    if direction == INGRESS {
+        receive(http, seq, bytes, next);
+    } else if !head::is_done::<EGRESS>(http, seq) {
+        segment::<EGRESS>(http, seq, bytes);
+    }
+}
+
 /// Something that happens in one direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -189,13 +198,13 @@ fn any_order(options: Options, events: &[Event]) {
         match event {
             Event::Segment(direction, offset, segment) => {
                 let seq = next[*direction].wrapping_add_signed(i32::from(*offset));
-                segment_in(&mut http, *direction, seq, segment);
+                arrive(&mut http, *direction, seq, segment, next[INGRESS]);
                 next[*direction] = seq.wrapping_add(segment.len() as u32);
                 bytes += segment.len();
             }
             Event::Dropped(direction, offset, segment) => {
                 let seq = next[*direction].wrapping_add_signed(i32::from(*offset));
-                segment_in(&mut http, *direction, seq, segment);
+                arrive(&mut http, *direction, seq, segment, next[INGRESS]);
                 bytes += segment.len();
             }
             Event::Lost(INGRESS) => head::lose::<INGRESS>(&mut http),

@@ -36,7 +36,7 @@ use crate::workspace;
 const FIRST_PORT: u16 = 20_000;
 /// What a whole run must reach.
 const WHOLE: u64 = 20_000;
-/// Of a hundred ends, at how many tracer may say that it does not know something.
+/// For a hundred ends, how many fields may be unobserved, by tracer or by the witness.
 const UNOBSERVED_PERCENT: u64 = 2;
 /// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -94,7 +94,7 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     }
     if let Some((server, row)) = table.rows.iter().find(|(_, row)| row.unobserved * 100 > row.ends * UNOBSERVED_PERCENT)
     {
-        bail!("with {} tracer says of {} of {} ends that it does not know", server.name(), row.unobserved, row.ends);
+        bail!("with {} {} fields of {} ends could not be compared", server.name(), row.unobserved, row.ends);
     }
     if !quick && total.connections < WHOLE {
         bail!("only {} connections: a whole run makes {WHOLE}", total.connections);
