@@ -10,6 +10,7 @@ use std::io::{self, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use log::warn;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -20,8 +21,8 @@ use crate::event::{AlertState, Metric};
 const CLEAR_BELOW: f64 = 0.8;
 /// once it was there so many times in a row: seconds.
 const CLEAR_AFTER: u32 = 10;
-/// Seconds that the rate is the mean of.
-const RATE_OVER: usize = 10;
+/// What the rate is the mean of; more, if nobody looked for longer.
+const RATE_OVER: Duration = Duration::from_secs(10);
 
 /// What to watch, and what to do then.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -66,11 +67,11 @@ impl Alerts {
         Self { alarms, rate: Rate::default(), command: watch.command, running: None }
     }
 
-    /// To be called once a second. `sockets`: in TIME_WAIT now, if the kernel says; `made`: seen going there since the start.
+    /// To be called about once a second. `sockets`: in TIME_WAIT now, if the kernel says; `made`: seen going there since the start.
     #[expect(clippy::cast_precision_loss, reason = "counts of sockets")]
-    pub fn check(&mut self, sockets: Option<u64>, made: u64) -> Vec<Change> {
+    pub fn check(&mut self, now: Instant, sockets: Option<u64>, made: u64) -> Vec<Change> {
         self.reap();
-        self.rate.next(made);
+        self.rate.next(now, made);
         let rate = self.rate.per_second();
         self.alarms
             .iter_mut()
@@ -167,30 +168,29 @@ impl Alarm {
 }
 
 /// The mean of the last ten seconds; before that many have passed, as if none had been made before.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Rate {
-    /// How many there were, second by second; never empty.
-    made: VecDeque<u64>,
-}
-
-impl Default for Rate {
-    fn default() -> Self {
-        Self { made: VecDeque::from([0]) }
-    }
+    /// How many there were, and when that was, about once a second.
+    made: VecDeque<(Instant, u64)>,
 }
 
 impl Rate {
-    fn next(&mut self, made: u64) {
-        if self.made.len() > RATE_OVER {
+    fn next(&mut self, now: Instant, made: u64) {
+        // One that is older than it need be: while nobody read stdout, nobody looked.
+        while self.made.get(1).is_some_and(|(then, _)| now.saturating_duration_since(*then) >= RATE_OVER) {
             self.made.pop_front();
         }
-        self.made.push_back(made);
+        if self.made.is_empty() {
+            self.made.push_back((now, 0));
+        }
+        self.made.push_back((now, made));
     }
 
     #[expect(clippy::cast_precision_loss, reason = "counts of sockets")]
     fn per_second(&self) -> f64 {
-        let ends = self.made.back().zip(self.made.front());
-        ends.map_or(0.0, |(last, first)| last.saturating_sub(*first) as f64 / RATE_OVER as f64)
+        let Some(((now, last), (then, first))) = self.made.back().zip(self.made.front()) else { return 0.0 };
+        let over = now.saturating_duration_since(*then).max(RATE_OVER);
+        last.saturating_sub(*first) as f64 / over.as_secs_f64()
     }
 }
 
@@ -202,7 +202,10 @@ mod tests {
     fn changes(values: impl IntoIterator<Item = u64>) -> Vec<(usize, AlertState)> {
         let mut alerts = Alerts::new(Watch { time_wait: Some(300), ..Watch::default() });
         let checks = values.into_iter().enumerate();
-        checks.flat_map(|(at, value)| alerts.check(Some(value), 0).into_iter().map(move |c| (at, c.state))).collect()
+        let now = Instant::now();
+        checks
+            .flat_map(|(at, value)| alerts.check(now, Some(value), 0).into_iter().map(move |c| (at, c.state)))
+            .collect()
     }
 
     #[test]
@@ -228,21 +231,26 @@ mod tests {
     #[test]
     fn what_the_kernel_does_not_say_raises_nothing() {
         let mut alerts = Alerts::new(Watch { time_wait: Some(1), ..Watch::default() });
-        assert_eq!(alerts.check(None, 0), []);
+        assert_eq!(alerts.check(Instant::now(), None, 0), []);
     }
 
     #[test]
     fn the_rate_is_the_mean_of_ten_seconds() {
         let mut alerts = Alerts::new(Watch { rate: Some(5.0), ..Watch::default() });
         // 10 a second: the mean reaches 5 after five.
-        let raised: Vec<_> = (1..=9).map(|second| alerts.check(None, second * 10)).collect();
+        let began = Instant::now();
+        let at = |second| began + Duration::from_secs(second);
+        let raised: Vec<_> = (1..=9).map(|second| alerts.check(at(second), None, second * 10)).collect();
         assert!(raised[..4].iter().all(Vec::is_empty));
         let wanted = Change { metric: Metric::Rate, state: AlertState::Raised, value: 5.0, limit: 5.0 };
         assert_eq!(raised[4], [wanted]);
-        for _ in 0..10 {
-            alerts.check(None, 90);
+        for second in 10..20 {
+            alerts.check(at(second), None, 90);
         }
         assert!(alerts.rate().abs() < 1e-9);
+        // What came while nobody looked, for half a minute, is no outburst.
+        alerts.check(at(49), None, 180);
+        assert!((alerts.rate() - 3.0).abs() < 0.2, "{}", alerts.rate());
     }
 
     #[test]
@@ -269,7 +277,7 @@ mod tests {
         while alerts.running.is_some() {
             assert!(begun.elapsed().as_secs() < 20, "it has ended long ago");
             std::thread::sleep(std::time::Duration::from_millis(5));
-            alerts.check(None, 0);
+            alerts.check(Instant::now(), None, 0);
         }
         alerts.run(b"{}");
         assert!(alerts.running.is_some());

@@ -295,12 +295,11 @@ pub struct Snapshot {
 
 /// `tracer doctor`
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
-#[command(after_help = EXAMPLES)]
 pub struct Doctor {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
-    /// Exit with code 8 where tracing would work, but degraded
+    /// Exit with code 9 where tracing would work, but degraded
     #[arg(long)]
     pub strict: bool,
 }

@@ -19,6 +19,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{interval, timeout};
 
+use crate::privileges;
+
 /// Name of the hidden subcommand that runs [`serve`].
 pub const SERVER: &str = "demo-server";
 /// Name of the hidden subcommand that runs [`request_loop`]; its argument is the port.
@@ -93,10 +95,12 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// What both processes do first: die with tracer, and bear a name that shows in its output.
+/// What both processes do first: die with tracer, bear a name that shows in its output, and keep no privilege.
 fn become_child(name: &str) -> io::Result<tokio::runtime::Runtime> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
     std::fs::write("/proc/self/comm", name)?;
+    // It answers whoever connects to it.
+    privileges::drop_all(|| true).map_err(io::Error::other)?;
+    set_parent_process_death_signal(Some(Signal::KILL))?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 

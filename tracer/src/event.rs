@@ -545,8 +545,8 @@ pub struct Group {
     pub cause: Cause,
     /// The end that can change that; `null` if there is none, or it is not known which.
     pub at_fault: Option<Role>,
-    /// Remote address, without port.
-    pub peer: std::net::IpAddr,
+    /// Remote address, without port; `null`: many, each with few closes.
+    pub peer: Option<std::net::IpAddr>,
     /// The server's port: the local one of a server, the remote one of a client; `null` if the role is not known.
     pub port: Option<u16>,
     /// How many, since tracing began.

@@ -4,8 +4,9 @@
 //! one by one: the memory that this takes does not depend on the recording's length. A recording that cannot be read to its
 //! end is reported up to there, with its summary, and then said to be incomplete.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Write};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -56,7 +57,12 @@ pub fn report(options: Options) -> Result<()> {
     let path = &options.recording;
     let about = || path.display().to_string();
     let file = File::open(path).with_context(about)?;
-    let reader = Reader::new(BufReader::with_capacity(64 << 10, file)).with_context(about)?;
+    let input = file.metadata().map(|file| (file.dev(), file.ino())).with_context(about)?;
+    let reader = match Reader::new(BufReader::with_capacity(64 << 10, file)) {
+        Ok(reader) => reader,
+        Err(why @ (Unreadable::Unfinished { .. } | Unreadable::Damaged { .. })) => return whole(path, Some(why)),
+        Err(why) => return Err(why).with_context(about),
+    };
     match options.output {
         Output::Print(mut sink) => {
             let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
@@ -68,6 +74,10 @@ pub fn report(options: Options) -> Result<()> {
             }
         }
         Output::Html { path: to, overwrite } => {
+            if fs::metadata(&to).is_ok_and(|file| (file.dev(), file.ino()) == input) {
+                let same = io::Error::other("it is the recording");
+                return Err(Refusal::cannot_make(&to, &same).into());
+            }
             // Before the work is done, so that nobody waits for an error.
             let mut out = create_private(&to, overwrite).map_err(|error| Refusal::cannot_make(&to, &error))?;
             let mut page = Page::new(TimeZone::system());
@@ -129,7 +139,8 @@ pub fn replay<R: io::Read>(
         };
         let moment = Moment {
             time: end.time,
-            now: began + end.ran,
+            // A recording may hold any number.
+            now: began.checked_add(end.ran).unwrap_or(began),
             missed: end.missed,
             time_wait_sockets: end.time_wait_sockets,
         };

@@ -133,7 +133,7 @@ impl Reporter {
 
     fn check(&mut self, moment: &Moment) -> io::Result<()> {
         self.summary.pass(moment.now);
-        let changes = self.alerts.check(moment.time_wait_sockets, self.summary.time_wait());
+        let changes = self.alerts.check(moment.now, moment.time_wait_sockets, self.summary.time_wait());
         if changes.is_empty() {
             return Ok(());
         }

@@ -83,19 +83,10 @@ pub fn run(options: Options) -> Result<()> {
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
-    let recording = match &options.record {
-        Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
-        None => None,
-    };
-    runtime.block_on(trace(options, host, broker, recording))
+    runtime.block_on(trace(options, host, broker))
 }
 
-async fn trace(
-    options: Options,
-    host: preflight::Host,
-    broker: Option<Arc<Broker>>,
-    recording: Option<Recording>,
-) -> Result<()> {
+async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broker>>) -> Result<()> {
     // Handlers first: a signal during the start must end it like any other.
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -103,6 +94,11 @@ async fn trace(
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
+    // Not before: what is there already is not replaced by the recording of a run that could not begin.
+    let recording = match &options.record {
+        Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
+        None => None,
+    };
     privileges::drop_all(|| kernel.counters().is_ok())?;
     let began = Instant::now();
     let mut ring = Ring::new(ring, looks_until)?;

@@ -510,6 +510,15 @@ fn filters() {
 }
 
 #[test]
+fn a_run_of_any_length_is_reported() {
+    let kept = Kept::new();
+    let mut recorder = Recorder::new(Vec::new()).expect("memory");
+    recorder.event(&start()).expect("memory");
+    recorder.end(&End { ran: Duration::MAX, ..end() }).expect("memory");
+    assert_eq!(report(&[&kept.put("long.rec", &recorder.into_inner())]).status.code(), Some(0));
+}
+
+#[test]
 fn what_cannot_be_read_is_said() {
     let kept = Kept::new();
     let whole = record(&two_services());
@@ -529,6 +538,14 @@ fn what_cannot_be_read_is_said() {
     damaged[middle] ^= 1;
     said(&damaged, 8, 2, "damaged");
     said(b"no recording", 1, 0, "no recording");
+    // Not even its header is whole: without an event there is no summary either.
+    for cut in [&whole[..10], &[&whole[..12], &[0; 4]].concat()] {
+        assert_eq!(report(&[&kept.put("a.rec", cut)]).status.code(), Some(8));
+    }
+    let itself = kept.put("a.rec", &whole);
+    let printed = report(&[&itself, "--html", &itself, "--overwrite"]);
+    assert!(!printed.status.success() && stderr(&printed).contains("it is the recording"), "{}", stderr(&printed));
+    assert_eq!(fs::read(&itself).expect("still there"), whole);
     let mut newer = whole;
     newer[8] = 9;
     let sum = crc32fast::hash(&newer[..12]);
@@ -689,7 +706,9 @@ fn the_page_says_what_the_events_say() {
         "<b>312</b>in TIME_WAIT at the start",
         "<code>--port 8080</code>",
         "<b>Records lost: 3.</b>",
-        "10/nginx<td class=n>2<td",
+        // All processes of that name, whatever their ids.
+        "<td>nginx <span class=dim>",
+        "</span><td class=n>3<td",
         "Slowest to close",
         "Open for longest",
     ] {

@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::escape::fit;
+use super::summary::who;
 use super::text::{cause_word, closed_by_word, elapsed, fate_word};
 use crate::event::{
     Alert, AlertState, Cause, Close, Event, Final, FinalSource, Group, Http, Lost, Metric, Process, Role, Start,
@@ -82,7 +83,8 @@ pub struct Page {
     /// Time-ordered, as far as the recording is.
     timeline: Timeline,
     total: Tally,
-    processes: Counter<Option<(u32, String)>>,
+    /// Name and cgroup.
+    processes: Counter<Option<(String, Option<String>)>>,
     peers: Counter<std::net::IpAddr>,
     slowest: Ranking,
     longest: Ranking,
@@ -170,13 +172,25 @@ impl<K: Eq + Hash + Ord> Counter<K> {
     }
 
     fn add(&mut self, key: K, close: &Close) {
-        if self.counts.len() < COUNTED {
-            self.counts.entry(key).or_default().add(close);
-        } else if let Some(count) = self.counts.get_mut(&key) {
-            count.add(close);
-        } else {
-            self.others += 1;
+        if self.counts.len() >= COUNTED && !self.counts.contains_key(&key) {
+            self.give_up_the_smaller_half();
         }
+        self.counts.entry(key).or_default().add(close);
+    }
+
+    /// So that one that comes late finds room.
+    fn give_up_the_smaller_half(&mut self) {
+        let mut sizes: Vec<u64> = self.counts.values().map(|tally| sum(&tally.closes)).collect();
+        sizes.sort_unstable();
+        let least = sizes.get(sizes.len() / 2).copied().unwrap_or(0);
+        let mut room = COUNTED / 2;
+        self.counts.retain(|_, tally| {
+            let closes = sum(&tally.closes);
+            let kept = closes >= least && room > 0;
+            room -= usize::from(kept);
+            self.others += if kept { 0 } else { closes };
+            kept
+        });
     }
 
     /// The largest, and the closes of all others.
@@ -391,7 +405,9 @@ impl Page {
     fn close(&mut self, close: &Close) {
         self.timeline.add(close);
         self.total.add(close);
-        self.processes.add(close.process.as_ref().map(|process| (process.pid, process.comm.clone())), close);
+        // Processes of one name in one cgroup are one, as in the summary.
+        let program = |process: &Process| (process.comm.clone(), process.cgroup.clone());
+        self.processes.add(close.process.as_ref().map(program), close);
         self.peers.add(close.remote.ip(), close);
         if let Some(us) = closing_us(close) {
             self.slowest.add(us, || ranked_row(&self.zone, us, close));
@@ -471,8 +487,10 @@ impl Page {
         self.charts(out)?;
         let Self { processes, peers, slowest, longest, stuck, rows, shown, .. } = self;
         out.push_str("<div class=two>\n<section>\n<h2>Top processes</h2>\n");
-        counted(out, "Process", &processes, |out, process| {
-            write!(out, "{}", Named(process.as_ref().map(|(pid, comm)| (*pid, comm.as_str()))))
+        counted(out, "Process", &processes, |out, process| match process {
+            Some((comm, Some(cgroup))) => write!(out, "{} <span class=dim>{}</span>", Foreign(comm), Foreign(cgroup)),
+            Some((comm, None)) => write!(out, "{}", Foreign(comm)),
+            None => write!(out, "{}", Named(None)),
         })?;
         out.push_str("</section>\n<section>\n<h2>Top peers</h2>\n");
         counted(out, "Peer", &peers, |out, peer| write!(out, "{peer}"))?;
@@ -619,15 +637,16 @@ impl Page {
             )?;
             // Groups are the largest first.
             if let Some(group) = summary.groups.iter().find(|group| group.cause == cause) {
-                let Group { comm, pid, closed_by, peer, closes, .. } = group;
-                let process = Named(pid.zip(comm.as_deref()));
+                let Group { comm, pids, more_pids, closed_by, peer, closes, .. } = group;
+                let process = comm.as_ref().map_or_else(|| "unknown".to_owned(), |comm| who(comm, pids, *more_pids));
+                let peer = peer.map_or_else(|| "many".to_owned(), |peer| peer.to_string());
                 let first = match closed_by {
                     crate::event::ClosedBy::Local => ", this end first",
                     crate::event::ClosedBy::Remote => ", the peer first",
                     crate::event::ClosedBy::Both => ", both at once",
                     crate::event::ClosedBy::None | crate::event::ClosedBy::Unobserved => "",
                 };
-                write!(out, "{process} with {peer}{first}: {}", Number(*closes))?;
+                write!(out, "{} with {peer}{first}: {}", Foreign(&process), Number(*closes))?;
             }
             out.push('\n');
         }

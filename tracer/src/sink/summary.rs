@@ -1,7 +1,8 @@
 //! Closes in, summaries out: which process, which peer, which cause, how much of it, and what to change.
 //!
 //! Closes are counted in groups, by process, role, side, cause, peer and the server's port; processes of one name in one
-//! cgroup are one. Everything is bounded: when there are too many groups, the smaller half is given up, and only counted.
+//! cgroup are one. Everything is bounded: when there are too many groups, those of the smaller half are joined, whatever their
+//! peer.
 //! A close of a known group allocates nothing. Where both ends of a connection are on this host, they are matched, so that
 //! advice neither counts it twice nor names both ends.
 
@@ -89,7 +90,8 @@ struct Key {
     closed_by: ClosedBy,
     cause: Cause,
     at_fault: Option<Role>,
-    peer: IpAddr,
+    /// `None`: any of many, each with few closes.
+    peer: Option<IpAddr>,
     port: Option<u16>,
 }
 
@@ -108,7 +110,7 @@ struct KeyOf<'a> {
     closed_by: ClosedBy,
     cause: Cause,
     at_fault: Option<Role>,
-    peer: IpAddr,
+    peer: Option<IpAddr>,
     port: Option<u16>,
 }
 
@@ -127,7 +129,7 @@ impl<'a> KeyOf<'a> {
             closed_by: close.closed_by,
             cause: close.cause,
             at_fault: verdict::at_fault(close),
-            peer: close.remote.ip(),
+            peer: Some(close.remote.ip()),
             port: match close.role {
                 Role::Server => Some(close.local.port()),
                 Role::Client => Some(close.remote.port()),
@@ -187,6 +189,15 @@ impl<T: Sum> Windows<T> {
         if !self.current.is_nothing() {
             self.previous = Some(std::mem::take(&mut self.current));
         }
+    }
+
+    fn add(&mut self, other: Self) {
+        for (mine, theirs) in [(&mut self.earlier, other.earlier), (&mut self.previous, other.previous)] {
+            if let Some(theirs) = theirs {
+                mine.get_or_insert_default().add(&theirs);
+            }
+        }
+        self.current.add(&other.current);
     }
 
     fn sum(&self, about: About) -> T {
@@ -413,7 +424,7 @@ impl Summarizer {
         self.groups.get_index(end.group).map(|(key, _)| (key.cause, key.at_fault))
     }
 
-    /// What has closed least, of late and in all.
+    /// What has closed least, of late and in all: of that only the groups without a peer are kept.
     fn give_up_the_smaller_half(&mut self) {
         let closes = |stats: Option<&Box<Stats>>| stats.map_or(0, |stats| stats.closes);
         let size = |windows: &Windows<Box<Stats>>| {
@@ -427,8 +438,19 @@ impl Summarizer {
         for (_, at) in sizes.iter().take(COUNTED / 2) {
             kept[*at] = true;
         }
-        let mut kept = kept.into_iter();
-        self.groups.retain(|_, _| kept.next().unwrap_or(false));
+        let mut given_up = IndexMap::<Key, Windows<Box<Stats>>, RandomState>::default();
+        for ((key, windows), kept) in std::mem::take(&mut self.groups).into_iter().zip(kept) {
+            if kept {
+                self.groups.insert(key, windows);
+            } else if key.peer.is_some() {
+                // What they have in common but for the peer still counts: a server at fault may have very many clients.
+                given_up.entry(Key { peer: None, ..key }).or_default().add(windows);
+            }
+        }
+        given_up.sort_by(|_, one, _, other| size(other).cmp(&size(one)));
+        for (key, windows) in given_up.into_iter().take(COUNTED / 4) {
+            self.groups.entry(key).or_default().add(windows);
+        }
         self.pairs.clear();
     }
 

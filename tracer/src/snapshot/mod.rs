@@ -13,10 +13,10 @@ mod text;
 mod walk;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write as _};
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -273,7 +273,9 @@ fn refusal(error: &io::Error) -> Refusal {
 
 /// Reads the namespace behind `path`; `None`: it is not there any more.
 fn see_in(netns: u64, path: &Path) -> io::Result<Option<Seen>> {
-    let file = match File::open(path) {
+    // It may be another file by now, such as a pipe that nobody writes to: that must not hold up, nor be taken for a terminal.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = match fs::OpenOptions::new().read(true).custom_flags(flags).open(path) {
         Ok(file) => file,
         Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => return Ok(None),
         Err(error) => return Err(error),

@@ -149,8 +149,8 @@ fn party(key: &Key) -> Option<(Party<'_>, Role)> {
         (Role::Unknown, _) | (_, Role::Unknown) => return None,
         // A process that is not known cannot be named.
         (role, fault) if role == fault => Party::Here(key.process.as_ref()?),
-        (_, Role::Server) => Party::There(key.peer, key.port),
-        (_, Role::Client) => Party::There(key.peer, None),
+        (_, Role::Server) => Party::There(key.peer?, key.port),
+        (_, Role::Client) => Party::There(key.peer?, None),
     };
     Some((party, at_fault))
 }
@@ -158,7 +158,7 @@ fn party(key: &Key) -> Option<(Party<'_>, Role)> {
 fn server(key: &Key) -> Option<Server<'_>> {
     match key.role {
         Role::Server => Some((true, key.process.as_ref(), None, key.port)),
-        Role::Client => Some((false, None, Some(key.peer), key.port)),
+        Role::Client => Some((false, None, Some(key.peer?), key.port)),
         Role::Unknown => None,
     }
 }

@@ -467,8 +467,25 @@ fn a_late_culprit_finds_room_among_too_many_groups() {
         scene.summarizer.close(&end);
     }
     let summary = scene.summary(About::Run, 60);
-    assert_eq!((summary.closes, summary.groups[0].closes), (10_500, 500));
+    // Behind those of no longer known peers.
+    assert_eq!((summary.groups[0].peer, summary.groups[0].closes > 8_000), (None, true));
+    assert_eq!((summary.closes, summary.groups[1].closes), (10_500, 500));
     assert_eq!(summary.groups.iter().map(|group| group.closes).sum::<u64>() + summary.other_closes, 10_500);
+}
+
+#[test]
+fn a_server_at_fault_is_named_however_many_clients_it_has() {
+    let mut scene = Scene::new(false);
+    for peer in 0..20_000_u32 {
+        let mut end = Close { cause: Cause::ResponseClose, ..at_server("10.0.0.9:1000", 1) };
+        end.remote.set_ip(IpAddr::V4(peer.into()));
+        scene.summarizer.close(&end);
+    }
+    let summary = scene.summary(About::Run, 60);
+    let [advice] = &summary.advice[..] else { panic!("{:#?}", summary.advice) };
+    assert_eq!((advice.cause, advice.at_fault), (Cause::ResponseClose, Role::Server));
+    assert_eq!((advice.closes, advice.of_closes), (20_000, 20_000));
+    assert!(text(summary).contains(":80 < many"));
 }
 
 /// Found by the borrowed key, or there would be a group for each close.

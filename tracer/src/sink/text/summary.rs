@@ -162,11 +162,14 @@ impl Line {
         self.stop(at::CAUSE);
         self.put(cause_word(group.cause));
         self.stop(at::PEER);
-        let (peer, port) = (group.peer, group.port.unwrap_or(0));
-        self.put(&match group.role {
-            Role::Server => format!(":{port} < {peer}"),
-            Role::Client => format!("> {}", std::net::SocketAddr::new(peer, port)),
-            Role::Unknown => peer.to_string(),
+        let port = group.port.unwrap_or(0);
+        self.put(&match (group.role, group.peer) {
+            (Role::Server, Some(peer)) => format!(":{port} < {peer}"),
+            (Role::Server, None) => format!(":{port} < many"),
+            (Role::Client, Some(peer)) => format!("> {}", std::net::SocketAddr::new(peer, port)),
+            (Role::Client, None) => format!("> many:{port}"),
+            (Role::Unknown, Some(peer)) => peer.to_string(),
+            (Role::Unknown, None) => "many".to_owned(),
         });
         if let (Some(p50), Some(p95)) = (group.requests_p50, group.requests_p95) {
             self.stop(at::REQUESTS);
