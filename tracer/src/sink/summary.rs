@@ -420,8 +420,12 @@ impl Summarizer {
         }
     }
 
+    /// Why one end closed, and who could change that; `None` where it is that end, and its process is not known: then the
+    /// other one, which knows its address, tells more.
     fn reason(&self, end: End) -> Option<(Cause, Option<Role>)> {
-        self.groups.get_index(end.group).map(|(key, _)| (key.cause, key.at_fault))
+        let (key, _) = self.groups.get_index(end.group)?;
+        let is_nameless = key.at_fault == Some(key.role) && key.process.is_none();
+        (!is_nameless).then_some((key.cause, key.at_fault))
     }
 
     /// What has closed least, of late and in all: of that only the groups without a peer are kept.

@@ -79,8 +79,9 @@ fn a_hundred_thousand_connections_open_at_once() {
         set("ip_local_port_range", "30000 60000");
     });
     let ports: Vec<u16> = (0..PROCESSES).map(|_| free_port()).collect();
+    // Elsewhere somebody may have one of so many ports, too.
     let mut child = tracer()
-        .args(["run", "--json"])
+        .args(["run", "--json", "--netns", &namespace.inode().to_string()])
         .args(ports.iter().flat_map(|port| ["--port".to_owned(), port.to_string()]))
         .stdout(Stdio::piped())
         .spawn()

@@ -271,8 +271,7 @@ impl Estimate {
 /// The advice in words.
 fn sentence(advice: &Advice) -> String {
     let mut text = format!("{} of {} closes: ", thousands(advice.closes), thousands(advice.of_closes));
-    let (side, other) = if advice.at_fault == Role::Client { ("client", "server") } else { ("server", "client") };
-    text.push_str(side);
+    text.push_str(if advice.at_fault == Role::Client { "client" } else { "server" });
     text.push(' ');
     name(&mut text, advice);
     let (does, change) = words(advice);
@@ -299,9 +298,8 @@ fn sentence(advice: &Advice) -> String {
                 None => {}
             }
         }
-        _ if advice.time_wait_per_s == 0.0 => {
-            let _ = write!(text, "; TIME_WAIT is at the {}", if advice.address.is_some() { side } else { other });
-        }
+        // Where it is then, nobody here has seen.
+        _ if advice.time_wait_per_s == 0.0 => text.push_str("; none of them left TIME_WAIT on this host"),
         _ => {}
     }
     text.push('.');

@@ -392,26 +392,26 @@ fn every_advice() {
     }
     insta::assert_snapshot!(lines.join("\n"), @"
     600 of 600 closes: client 10.22.34.48 (or a proxy there) sends Connection: close (1 request per connection). Turn keep-alive on in that client; on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: client 100/client sends Connection: close (1 request per connection). Turn keep-alive on in that client; TIME_WAIT is at the server.
+    600 of 600 closes: client 100/client sends Connection: close (1 request per connection). Turn keep-alive on in that client; none of them left TIME_WAIT on this host.
     600 of 600 closes: server 4711/server (:80) answers with Connection: close (1 request per connection). Turn keep-alive on in that server; on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) answers with Connection: close (1 request per connection). Turn keep-alive on in that server; TIME_WAIT is at the server.
+    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) answers with Connection: close (1 request per connection). Turn keep-alive on in that server; none of them left TIME_WAIT on this host.
     600 of 600 closes: server 4711/server (:80) answers with Connection: close (50 requests per connection). Raise its limit of requests per connection.
-    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) answers with Connection: close (50 requests per connection). Raise its limit of requests per connection; TIME_WAIT is at the server.
+    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) answers with Connection: close (50 requests per connection). Raise its limit of requests per connection; none of them left TIME_WAIT on this host.
     600 of 600 closes: client 10.22.34.48 (or a proxy there) speaks HTTP/1.0 without keep-alive (1 request per connection). Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: client 100/client speaks HTTP/1.0 without keep-alive (1 request per connection). Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); TIME_WAIT is at the server.
+    600 of 600 closes: client 100/client speaks HTTP/1.0 without keep-alive (1 request per connection). Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); none of them left TIME_WAIT on this host.
     600 of 600 closes: client 10.22.34.48 (or a proxy there) speaks HTTP/1.0 without keep-alive (1 request per connection). Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: client 100/client speaks HTTP/1.0 without keep-alive (1 request per connection). Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); TIME_WAIT is at the server.
+    600 of 600 closes: client 100/client speaks HTTP/1.0 without keep-alive (1 request per connection). Let it speak HTTP/1.1 (nginx as a proxy: proxy_http_version 1.1); none of them left TIME_WAIT on this host.
     600 of 600 closes: server 4711/server (:80) answers in HTTP/1.0 without keep-alive (1 request per connection). Let it answer in HTTP/1.1; on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) answers in HTTP/1.0 without keep-alive (1 request per connection). Let it answer in HTTP/1.1; TIME_WAIT is at the server.
+    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) answers in HTTP/1.0 without keep-alive (1 request per connection). Let it answer in HTTP/1.1; none of them left TIME_WAIT on this host.
     600 of 600 closes: server 4711/server (:80) closes connections that were idle (1 request per connection). Raise its keep-alive time-out; or make that of its clients the shorter one, so that they close first.
-    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) closes connections that were idle (1 request per connection). Raise its keep-alive time-out; or make that of its clients the shorter one, so that they close first; TIME_WAIT is at the server.
-    600 of 600 closes: client 10.22.34.48 (or a proxy there) closes connections that were idle (1 request per connection). Let it keep more of them, or for longer; TIME_WAIT is at the client.
+    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) closes connections that were idle (1 request per connection). Raise its keep-alive time-out; or make that of its clients the shorter one, so that they close first; none of them left TIME_WAIT on this host.
+    600 of 600 closes: client 10.22.34.48 (or a proxy there) closes connections that were idle (1 request per connection). Let it keep more of them, or for longer; none of them left TIME_WAIT on this host.
     600 of 600 closes: client 100/client closes connections that were idle (1 request per connection). Let it keep more of them, or for longer.
     600 of 600 closes: server 4711/server (:80) closes after the response, though nobody asked (1 request per connection). Turn keep-alive on in that server; on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) closes after the response, though nobody asked (1 request per connection). Turn keep-alive on in that server; TIME_WAIT is at the server.
-    600 of 600 closes: client 10.22.34.48 (or a proxy there) closes after the response, though nobody asked (1 request per connection). Use one client with a pool of connections in it; TIME_WAIT is at the client.
+    600 of 600 closes: server 10.0.0.1:80 (or a proxy there) closes after the response, though nobody asked (1 request per connection). Turn keep-alive on in that server; none of them left TIME_WAIT on this host.
+    600 of 600 closes: client 10.22.34.48 (or a proxy there) closes after the response, though nobody asked (1 request per connection). Use one client with a pool of connections in it; none of them left TIME_WAIT on this host.
     600 of 600 closes: client 100/client closes after the response, though nobody asked (1 request per connection). Use one client with a pool of connections in it; on this host TIME_WAIT would fall from about 600 to about 0 if its connections stay open.
-    600 of 600 closes: client 10.22.34.48 (or a proxy there) opens connections and sends nothing. Health check, port scan, or a pool that opens too much: let it ask less often; TIME_WAIT is at the client.
+    600 of 600 closes: client 10.22.34.48 (or a proxy there) opens connections and sends nothing. Health check, port scan, or a pool that opens too much: let it ask less often; none of them left TIME_WAIT on this host.
     600 of 600 closes: client 100/client opens connections and sends nothing. Health check, port scan, or a pool that opens too much: let it ask less often; on this host TIME_WAIT would fall from about 600 to about 0.
     ");
 }
@@ -471,6 +471,21 @@ fn a_late_culprit_finds_room_among_too_many_groups() {
     assert_eq!((summary.groups[0].peer, summary.groups[0].closes > 8_000), (None, true));
     assert_eq!((summary.closes, summary.groups[1].closes), (10_500, 500));
     assert_eq!(summary.groups.iter().map(|group| group.closes).sum::<u64>() + summary.other_closes, 10_500);
+}
+
+#[test]
+fn an_end_at_fault_whose_process_is_not_known_is_an_address() {
+    let mut scene = Scene::new(false);
+    for _ in 0..600 {
+        let server = at_server(&scene.client("10.22.34.48"), 1);
+        let client = Close { process: None, ..at_client(&server, 100, "unseen") };
+        scene.summarizer.close(&client);
+        scene.summarizer.close(&server);
+    }
+    let summary = scene.summary(About::Run, 60);
+    let [advice] = &summary.advice[..] else { panic!("{:#?}", summary.advice) };
+    assert_eq!((advice.closes, advice.of_closes, advice.comm.as_deref()), (600, 600, None));
+    assert_eq!(advice.address, Some("10.22.34.48".parse().expect("an address")));
 }
 
 #[test]
