@@ -65,6 +65,8 @@ pub(crate) struct Comparison {
     pub(crate) agreed: u64,
     /// Fields that tracer says it has not seen or does not know, where it could not.
     pub(crate) unobserved: u64,
+    /// Fields that the witness cannot decide.
+    pub(crate) undecided: u64,
     pub(crate) differences: Vec<Difference>,
 }
 
@@ -128,7 +130,7 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
     let left = record["cookie"].as_u64().is_some_and(|cookie| truth.time_wait.contains(&cookie));
     let says = record["final"] == "time_wait";
     if says && !left && (reused || connection.may_have_cut_time_wait_short(end)) {
-        comparison.unobserved += 1;
+        comparison.undecided += 1;
     } else {
         // Without a RST an end that leaves nothing is the passive one.
         let fits = says == left && (left || connection.was_reset() || record["final"] == "closed");

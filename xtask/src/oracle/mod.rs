@@ -36,7 +36,7 @@ use crate::workspace;
 const FIRST_PORT: u16 = 20_000;
 /// What a whole run must reach.
 const WHOLE: u64 = 20_000;
-/// For a hundred ends, how many fields may be unobserved, by tracer or by the witness.
+/// For a hundred ends, how many fields tracer may say that it does not know.
 const UNOBSERVED_PERCENT: u64 = 2;
 /// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -94,7 +94,7 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     }
     if let Some((server, row)) = table.rows.iter().find(|(_, row)| row.unobserved * 100 > row.ends * UNOBSERVED_PERCENT)
     {
-        bail!("with {} {} fields of {} ends could not be compared", server.name(), row.unobserved, row.ends);
+        bail!("with {} tracer does not know {} fields of {} ends", server.name(), row.unobserved, row.ends);
     }
     if !quick && total.connections < WHOLE {
         bail!("only {} connections: a whole run makes {WHOLE}", total.connections);
@@ -272,7 +272,7 @@ impl Batch<'_> {
             }
             // Which of several is missing cannot be told.
             if records.len() != wanted.len() {
-                row.unobserved += 1;
+                row.undecided += 1;
                 continue;
             }
             for (n, (record, (connection, end))) in records.iter().zip(wanted).enumerate() {
@@ -499,7 +499,9 @@ struct Row {
     connections: u64,
     ends: u64,
     agreed: u64,
+    /// What tracer does not know, and what the witness cannot decide.
     unobserved: u64,
+    undecided: u64,
     disagreements: u64,
     /// By field.
     fields: BTreeMap<&'static str, u64>,
@@ -509,6 +511,7 @@ impl Row {
     fn count(&mut self, batch: &Batch<'_>, comparison: Comparison, record: &Value) {
         self.agreed += comparison.agreed;
         self.unobserved += comparison.unobserved;
+        self.undecided += comparison.undecided;
         if comparison.differences.is_empty() {
             return;
         }
@@ -554,6 +557,7 @@ impl Table {
             total.ends += row.ends;
             total.agreed += row.agreed;
             total.unobserved += row.unobserved;
+            total.undecided += row.undecided;
             total.disagreements += row.disagreements;
             for (field, count) in &row.fields {
                 *total.fields.entry(field).or_default() += count;
@@ -571,7 +575,11 @@ impl Table {
             let fields: String = row.fields.iter().map(|(field, count)| format!(" {field} {count}")).collect();
             println!(
                 "| {name} | {} | {} | {} | {} | {}{fields} |",
-                row.connections, row.ends, row.agreed, row.unobserved, row.disagreements
+                row.connections,
+                row.ends,
+                row.agreed,
+                row.unobserved + row.undecided,
+                row.disagreements
             );
         }
     }
