@@ -302,6 +302,7 @@ impl Formatter for Harmless {
 mod tests {
     use std::net::SocketAddr;
 
+    use clap::ValueEnum as _;
     use jiff::Timestamp;
     use proptest::option::of;
     use proptest::prelude::*;
@@ -397,28 +398,8 @@ mod tests {
     }
 
     fn close() -> impl Strategy<Value = Close> {
-        use Cause::*;
-        let causes = vec![
-            Timeout,
-            ResetByPeer,
-            ResetByLocal,
-            ProcessExit,
-            Unused,
-            Tls,
-            Upgraded,
-            H2,
-            NotHttp,
-            Unanswered,
-            Truncated,
-            RequestClose,
-            ResponseClose,
-            Http10,
-            IdleTimeout,
-            NoReuse,
-            Unknown,
-        ];
-        let fates =
-            vec![Final::TimeWait, Final::FinWait2, Final::Closed, Final::Reset, Final::TimedOut, Final::Unknown];
+        let causes = Cause::value_variants();
+        let fates = Final::value_variants();
         let sources = vec![FinalSource::Fin, FinalSource::SockDiag, FinalSource::State, FinalSource::Inferred];
         let protocols = vec![
             Protocol::Http10,

@@ -388,6 +388,8 @@ pub(super) const fn state_word(state: TcpState) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum as _;
+
     use super::*;
 
     /// A word of the text is the word of the JSON.
@@ -400,32 +402,8 @@ mod tests {
     #[test]
     fn words_are_those_of_the_contract() {
         same_as_json(&[ClosedBy::Local, ClosedBy::Remote, ClosedBy::Both, ClosedBy::None], closed_by_word);
-        same_as_json(
-            &[Final::TimeWait, Final::FinWait2, Final::Closed, Final::Reset, Final::TimedOut, Final::Unknown],
-            fate_word,
-        );
-        same_as_json(
-            &[
-                Cause::Timeout,
-                Cause::ResetByPeer,
-                Cause::ResetByLocal,
-                Cause::ProcessExit,
-                Cause::Unused,
-                Cause::Tls,
-                Cause::Upgraded,
-                Cause::H2,
-                Cause::NotHttp,
-                Cause::Unanswered,
-                Cause::Truncated,
-                Cause::RequestClose,
-                Cause::ResponseClose,
-                Cause::Http10,
-                Cause::IdleTimeout,
-                Cause::NoReuse,
-                Cause::Unknown,
-            ],
-            cause_word,
-        );
+        same_as_json(Final::value_variants(), fate_word);
+        same_as_json(Cause::value_variants(), cause_word);
         same_as_json(
             &[
                 TcpState::Established,
