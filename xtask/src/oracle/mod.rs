@@ -83,7 +83,13 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
         // Captures are large.
         fs::remove_dir_all(&place)?;
     }
-    let lost = tracer.stop()?;
+    let (lost, closes) = tracer.stop()?;
+    for (key, there) in table.rows.iter().flat_map(|(_, row)| &row.missing) {
+        let records = closes.get(key).map_or(&[][..], Vec::as_slice);
+        let late = records.get(*there..).unwrap_or_default();
+        // Was it held back, or never written?
+        eprintln!("oracle: what was missing of {} - {} came at the end: {late:?}", key.1, key.2);
+    }
     table.print();
     if lost != 0 {
         bail!("tracer lost {lost} records");
@@ -268,6 +274,9 @@ impl Batch<'_> {
                     self,
                     format!("{local} - {remote}: tracer's records: {records:?}; by the packets: {seen:?}"),
                 );
+                if records.len() < wanted.len() {
+                    row.missing.push((*key, records.len()));
+                }
                 continue;
             }
             // Which of several is missing cannot be told.
@@ -453,15 +462,16 @@ impl Tracer {
         self.closes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends it: the number of lost records.
-    fn stop(mut self) -> Result<u64> {
+    /// Ends it: the number of lost records, and all `close` records.
+    fn stop(mut self) -> Result<(u64, HashMap<Key, Vec<Value>>)> {
         kill_process(Pid::from_child(&self.child), Signal::INT)?;
         let status = self.child.wait()?;
         let lost = self.reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
         if !status.success() {
             bail!("tracer: {status}");
         }
-        Ok(lost)
+        let closes = std::mem::take(&mut *self.closes.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok((lost, closes))
     }
 }
 
@@ -503,6 +513,8 @@ struct Row {
     unobserved: u64,
     undecided: u64,
     disagreements: u64,
+    /// Where too few records came in time, and how many had come.
+    missing: Vec<(Key, usize)>,
     /// By field.
     fields: BTreeMap<&'static str, u64>,
 }
