@@ -2,6 +2,9 @@
 //!
 //! A library only so that tests can feed recorded bytes to the steps that need no root. Its API is not stable.
 
+#[cfg(target_endian = "big")]
+compile_error!("tracer is for little-endian machines: so are its kernel programs, their records, and the head scanner");
+
 pub mod alert;
 pub mod broker;
 pub mod cli;

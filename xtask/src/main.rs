@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask SUBCOMMAND`, one file for each.
 
 mod bench;
+mod cross;
 mod ebpf;
 mod lint;
 mod network;
@@ -34,6 +35,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<std::ffi::OsString>,
     },
+    /// Check that the user side compiles for aarch64; nothing is run there
+    Cross,
     /// The same as `run --demo`
     Demo,
     /// Compile the kernel programs into tracer-ebpf/tracer.bpf.o
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(options) => bench::bench(&options),
         Command::Hold { port, count } => bench::hold(port, count),
+        Command::Cross => cross::cross(),
         Command::Run { args } => run::run(args),
         Command::Demo => run::run(vec!["--demo".into()]),
         Command::Ebpf { check: false } => ebpf::install(),

@@ -9,6 +9,7 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use crate::features::{MAPS_WITHOUT_CAPABILITY, lacks};
 use crate::names::Cgroup;
 use crate::rig::{Listener, Namespace, Pair, Tracer, expect, get, ok, tracer, wait_until};
 use crate::script::Script;
@@ -51,8 +52,8 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         let of_tracer = threads(tracer.pid());
         assert!(of_tracer.len() > 1, "{of_tracer:#?}");
         for (name, status) in of_tracer {
-            // Before Linux 5.19 CAP_BPF is needed to read one's own maps.
-            let sets = if has_free_maps() { json!([NONE]) } else { status["sets"].clone() };
+            let keeps = lacks(MAPS_WITHOUT_CAPABILITY, None);
+            let sets = if keeps { status["sets"].clone() } else { json!([NONE]) };
             assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
         }
         for (name, status) in threads(broker_of(&tracer)) {
@@ -60,12 +61,6 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         }
         tracer.stop();
     }
-}
-
-fn has_free_maps() -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("it can be read");
-    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(5), Some(19))
 }
 
 /// Nobody, with these capabilities and no others: `setpriv` and a copy of the binary that nobody can reach.

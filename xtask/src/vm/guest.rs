@@ -39,6 +39,9 @@ pub(crate) struct Report {
     pub(crate) tests: Option<i32>,
     pub(crate) passed: usize,
     pub(crate) failed: Vec<String>,
+    /// What tests passed over, and for want of what. They count as passed, too: the tests fail by themselves where the kernel
+    /// is new enough.
+    pub(crate) skipped: Vec<String>,
 }
 
 /// Runs the payload on a kernel; what the tests print is passed on.
@@ -132,6 +135,10 @@ impl Report {
                     Some((_, known)) => *known = count.max(*known),
                     None => self.verified.push((name.to_owned(), count)),
                 }
+            }
+            ["skipped:", ..] => {
+                self.skipped.push(line.to_owned());
+                println!("{line}");
             }
             ["tracer:", ..] => self.messages.push(line.to_owned()),
             ["test", name, "...", result] => {
@@ -263,6 +270,7 @@ mod tests {
             "@load 0 3",
             "test a::b ... ok",
             "test a::c ... FAILED",
+            "skipped: a::b: this kernel, 6.1.0, lacks x (Linux 6.2)",
             "@tests 101",
         ] {
             report.read(line);
@@ -270,6 +278,6 @@ mod tests {
         assert_eq!(report.release.as_deref(), Some("6.1.0"));
         assert_eq!(report.verified, [("ingress".to_owned(), 7)]);
         assert_eq!((report.loads, report.tests, report.passed), (vec![(0, 3)], Some(101), 1));
-        assert_eq!(report.failed, ["a::c"]);
+        assert_eq!((report.failed, report.skipped.len()), (vec!["a::c".to_owned()], 1));
     }
 }

@@ -59,7 +59,8 @@ impl Apt {
             "Dir::Etc::SourceList \"{d}/sources.list\";\nDir::Etc::SourceParts \"/dev/null\";\nDir::State \"{d}/state\";\n\
              Dir::State::Lists \"{d}/lists\";\nDir::State::status \"{d}/status\";\nDir::Cache \"{d}/cache\";\n\
              APT::Architecture \"amd64\";\nAPT::Architectures \"amd64\";\nAPT::Sandbox::User \"root\";\n\
-             Acquire::Languages \"none\";\nAcquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n"
+             Acquire::Languages \"none\";\nAcquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n\
+             Acquire::Retries \"3\";\nAPT::Update::Error-Mode \"any\";\n"
         );
         let mut list = String::new();
         for (archive, suite) in sources {
@@ -67,11 +68,17 @@ impl Apt {
             list += &format!("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} {suite} main\n");
         }
         fs::write(directory.join("apt.conf"), config)?;
-        fs::write(directory.join("sources.list"), list)?;
+        fs::write(directory.join("sources.list"), &list)?;
         // Nothing is installed, as far as this apt knows.
         fs::write(directory.join("status"), "")?;
         let apt = Self { directory: directory.to_owned() };
-        succeed(apt.command("apt-get").args(["--quiet=2", "update"]))?;
+        // Without the mode above, apt takes a mirror that does not answer for a warning, and goes on with no packages.
+        succeed(apt.command("apt-get").args(["--quiet=2", "update"])).with_context(|| {
+            format!(
+                "apt cannot fetch what the VMs need, see above; `apt-get update` on this machine must reach the same mirror, \
+                 and the mirror must have these suites:\n{list}"
+            )
+        })?;
         Ok(apt)
     }
 

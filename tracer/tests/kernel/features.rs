@@ -1,0 +1,119 @@
+//! What kernels can do, and since which version: the one list by which a test may pass something over.
+//!
+//! What comes in: the name of a feature. What goes out: whether this kernel has it. Where it has not, although its version
+//! should, the test fails: what is passed over must never look like what was tested. What is passed over is said, in a line
+//! that `cargo xtask vm` counts.
+
+use std::io::Write as _;
+use std::sync::LazyLock;
+
+use serde_json::{Value, json};
+
+use crate::rig::{expect, tracer};
+
+/// A feature, as `tracer doctor` names it or as [`lacks`] asks for it, and the Linux that brought it.
+const FEATURES: [(&str, (u32, u32)); 20] = [
+    ("kernel", (5, 17)),
+    ("tp_btf/sched_process_fork", (5, 5)),
+    ("tp_btf/sched_process_free", (5, 5)),
+    ("tp_btf/tcp_receive_reset", (5, 5)),
+    ("tp_btf/tcp_send_reset", (5, 5)),
+    ("tp_btf/tcp_rcv_space_adjust", (5, 5)),
+    ("tp_btf/sched_process_exit", (5, 5)),
+    ("cgroup_skb/ingress", (4, 10)),
+    ("cgroup_skb/egress", (4, 10)),
+    ("tp_btf/inet_sock_set_state", (5, 5)),
+    ("iter/task_file", (5, 8)),
+    ("iter/bpf_sk_storage_map", (5, 9)),
+    ("sock_diag", (4, 2)),
+    (SECCOMP, (4, 14)),
+    // The versions of its interface; the last one is the newest that tracer uses.
+    ("Landlock (interface 1)", (5, 13)),
+    ("Landlock (interface 2)", (5, 19)),
+    ("Landlock (interface 3)", (6, 2)),
+    ("Landlock (interface 4)", (6, 7)),
+    ("Landlock (interface 6)", (6, 12)),
+    (MAPS_WITHOUT_CAPABILITY, (5, 19)),
+];
+
+const SECCOMP: &str = "seccomp";
+
+/// A process may read its own maps without `CAP_BPF`.
+pub(crate) const MAPS_WITHOUT_CAPABILITY: &str = "maps without CAP_BPF";
+
+/// `uname -r`, and its first two numbers.
+static RELEASE: LazyLock<(String, (u32, u32))> = LazyLock::new(|| {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let numbers = version(&release);
+    (release, numbers)
+});
+
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().expect("a number"));
+    let mut next = || numbers.next().expect("a release begins with two numbers");
+    (next(), next())
+}
+
+/// Whether something that is missing from a kernel of this version may be missing.
+fn may_lack(feature: &str, version: (u32, u32)) -> bool {
+    let (_, since) = FEATURES.iter().find(|(name, _)| *name == feature).expect("it is in the list");
+    version < *since
+}
+
+/// Whether this kernel lacks a feature, `found` being what was seen of it (`None`: its version alone tells).
+///
+/// # Panics
+/// It is missing, and must not be.
+#[track_caller]
+pub(crate) fn lacks(feature: &str, found: Option<bool>) -> bool {
+    let (release, version) = &*RELEASE;
+    let may = may_lack(feature, *version);
+    if found.unwrap_or(!may) {
+        return false;
+    }
+    assert!(may, "this kernel, {release}, lacks {feature}, and is new enough to have it");
+    let thread = std::thread::current();
+    let line = format!("skipped: {}: this kernel, {release}, lacks {feature}\n", thread.name().unwrap_or("?"));
+    // Not by `println!`, which the test harness keeps to itself.
+    std::io::stdout().lock().write_all(line.as_bytes()).expect("stdout is open");
+    true
+}
+
+#[test]
+fn this_kernel_has_what_its_version_brought() {
+    let output = tracer().args(["doctor", "--json"]).output().expect("it runs");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let findings = report["findings"].as_array().expect("a list");
+    let finding = |name: &str| findings.iter().find(|one| one["name"] == name);
+    let sandbox = finding("sandbox").expect("it is looked for")["means"].as_str().expect("text").to_owned();
+    let interface = sandbox.split_once("interface ").and_then(|(_, rest)| rest.split(')').next()?.parse().ok());
+    let mut all = true;
+    for (feature, _) in FEATURES {
+        let found = match finding(feature) {
+            Some(finding) => Some(finding["status"] == "ok"),
+            None if feature == SECCOMP => Some(!sandbox.contains("no seccomp")),
+            None if feature == MAPS_WITHOUT_CAPABILITY => None,
+            None => {
+                let wanted: u32 =
+                    feature.trim_matches(|c: char| !c.is_ascii_digit()).parse().expect("a finding, or an interface");
+                Some(interface.is_some_and(|interface: u32| interface >= wanted))
+            }
+        };
+        all &= !lacks(feature, found);
+    }
+    if all {
+        expect(&report, &json!({ "verdict": "works", "exit_code": 0 }));
+    }
+}
+
+#[test]
+fn what_is_missing_is_passed_over_on_older_kernels_only() {
+    assert_eq!(version("6.12.0-rc1+deb13-cloud-amd64"), (6, 12));
+    assert_eq!(version("5.4"), (5, 4));
+    for (feature, since) in FEATURES {
+        assert!(!may_lack(feature, since) && !may_lack(feature, (since.0 + 1, 0)), "{feature}");
+        assert!(may_lack(feature, (since.0 - 1, 99)), "{feature}");
+    }
+    let new = FEATURES[0].0;
+    assert!(std::panic::catch_unwind(|| lacks(new, Some(false))).is_err(), "this kernel runs tracer, so must have it");
+}
