@@ -392,7 +392,8 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
             (&raw const conn.http.exchange).cast(),
         );
     }
-    entry.submit(wakeup(now()));
+    // A transition that is told late, has its own time.
+    entry.submit(wakeup(if kind == kind::STATE { now() } else { at_ns }));
     true
 }
 

@@ -200,22 +200,21 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
             return;
         }
         let Some(conn) = conn::get_or_create(sk.cast()) else { return };
-        let now = conn::now();
         if conn.cookie == 0 {
-            first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, now);
+            first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, conn::now());
         }
         if DIRECTION == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 && !sock::backlogs(sk.cast()) {
             // TCP has had that RST, and did not take it.
             conn.rst_seen = 0;
         }
         if segment.len != 0 {
-            active::<DIRECTION>(conn, &segment, now);
+            active::<DIRECTION>(skb, conn, &segment);
         }
         if segment.flags & (FIN | RST) != 0 {
             if DIRECTION == INGRESS {
-                end_arrives(sk.cast(), conn, &segment, now);
+                end_arrives(sk.cast(), conn, &segment);
             } else {
-                end_leaves((*sk).state as i32, conn, &segment, now);
+                end_leaves(skb, (*sk).state as i32, conn, &segment);
             }
         }
         // Last: the verifier follows all that comes behind it once for each of the many ways through it.
@@ -225,10 +224,28 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
     }
 }
 
+/// When a packet came or leaves. Asked only where it is needed: reading the clock is the dearest thing that most segments
+/// cost. What leaves bears the time at which TCP made it, in the same clock (where it is to leave later, the time that it was
+/// given); SYN cookies and the like bear none.
+///
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program.
+#[inline(always)]
+unsafe fn time<const DIRECTION: usize>(skb: *mut __sk_buff) -> u64 {
+    if DIRECTION == EGRESS {
+        // SAFETY: by the caller's word.
+        let made = unsafe { (&raw const (*skb).tstamp).read_volatile() };
+        if made != 0 {
+            return made;
+        }
+    }
+    conn::now()
+}
+
 /// # Safety
 /// `sk` is `__sk_buff.sk` checked against NULL.
 #[inline(always)]
-unsafe fn end_arrives(sk: sock::Sock, conn: &mut Conn, segment: &Segment, now: u64) {
+unsafe fn end_arrives(sk: sock::Sock, conn: &mut Conn, segment: &Segment) {
     if segment.flags & RST != 0 {
         // Whether TCP takes it, `tcp_receive_reset` tells.
         conn.rst_seen = 1;
@@ -237,14 +254,17 @@ unsafe fn end_arrives(sk: sock::Sock, conn: &mut Conn, segment: &Segment, now: u
         // the peer has sent it.
         // SAFETY: by the caller's word.
         if unsafe { sock::expects(sk, segment.seq.wrapping_add(segment.len)) } {
-            conn.first_end(first_end::REMOTE, now);
+            conn.first_end(first_end::REMOTE, conn::now());
         }
     }
 }
 
 /// `state` is that of the socket.
+///
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
-fn end_leaves(state: i32, conn: &mut Conn, segment: &Segment, now: u64) {
+unsafe fn end_leaves(skb: *mut __sk_buff, state: i32, conn: &mut Conn, segment: &Segment) {
     if segment.flags & FIN != 0 {
         if conn.flags & flag::FIN_SENT == 0 && state == tcp::FIN_WAIT1 && conn.first_end == first_end::REMOTE {
             // The peer's is here, but was not processed when ours was sent: neither acknowledges the other.
@@ -252,18 +272,25 @@ fn end_leaves(state: i32, conn: &mut Conn, segment: &Segment, now: u64) {
         }
         conn.flags |= flag::FIN_SENT;
     }
-    conn.first_end(first_end::LOCAL, now);
+    if conn.first_end == first_end::NONE {
+        // SAFETY: by the caller's word.
+        conn.first_end(first_end::LOCAL, unsafe { time::<EGRESS>(skb) });
+    }
 }
 
 /// Notes the time of payload that is new, and came before the end: not that of a retransmission or a probe.
+///
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
-fn active<const DIRECTION: usize>(conn: &mut Conn, segment: &Segment, now: u64) {
+unsafe fn active<const DIRECTION: usize>(skb: *mut __sk_buff, conn: &mut Conn, segment: &Segment) {
     let end = segment.seq.wrapping_add(segment.len);
     let known = conn.payload_end[DIRECTION];
     if known == 0 || (end.wrapping_sub(known) as i32) > 0 {
         conn.payload_end[DIRECTION] = end;
         if conn.end_ns == 0 {
-            conn.payload_ns = now;
+            // SAFETY: by the caller's word.
+            conn.payload_ns = unsafe { time::<DIRECTION>(skb) };
         }
     }
 }

@@ -120,6 +120,10 @@ impl Floor {
                 _ => bail!("tracer has a hook {hook} that the floor does not know"),
             };
             held.extend(attached.with_context(|| format!("an empty program on {hook}"))?);
+            // Tracer has two programs here: the second is for what the kernel keeps from the first.
+            if hook == "tp_btf/inet_sock_set_state" {
+                held.extend(tracepoint(name, types).context("a second empty program on the transitions")?);
+            }
         }
         Ok(Self { _held: held })
     }
