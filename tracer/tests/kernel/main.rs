@@ -14,6 +14,7 @@ mod filters;
 mod fin_wait2;
 mod heads;
 mod hostile;
+mod ledger;
 mod leftovers;
 mod messages;
 mod names;
