@@ -7,11 +7,12 @@ use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
+use tracer_ebpf::book::Column;
 use tracer_ebpf::{counter, filter, first_end, flag, kind, role, unpack_state};
 
-use crate::conn::{self, Conn, HANDOVER, SEEN, Seen, copy_words, mark};
+use crate::conn::{self, Conn, HANDOVER, Outcome, SEEN, Seen, copy_words, mark};
 use crate::sock::{self, Sock, TimeWaitTable, tcp};
-use crate::{owner, traffic};
+use crate::{ledger, owner, traffic};
 
 /// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`
 /// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sock.h#L138>
@@ -24,7 +25,7 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
             (&raw mut (*seen).sk).write_volatile(sk as u64);
             (&raw mut (*seen).change).write_volatile(change(old, new));
         }
-        transition(&ctx, sk, old, new);
+        transition(&ctx, ledger::row(0, sk), sk, old, new);
     }
     0
 }
@@ -43,7 +44,7 @@ fn inet_sock_set_state_nested(ctx: BtfTracePointContext) -> i32 {
         {
             (&raw mut (*seen).sk).write_volatile(0);
         } else {
-            transition(&ctx, sk, old, new);
+            transition(&ctx, ledger::row(1, sk), sk, old, new);
         }
     }
     0
@@ -65,13 +66,16 @@ fn change(old: i32, new: i32) -> u64 {
     u64::from(old as u32) << 32 | u64::from(new as u32)
 }
 
+/// `row` is where this program counts ends.
+///
 /// # Safety
 /// `sk` is a BTF pointer to a `struct sock`.
 #[inline(always)]
-unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
+unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, new: i32) {
     // SAFETY: by the caller's word; all calls are about `sk`.
     unsafe {
         if new == tcp::LISTEN || (old == tcp::LISTEN && new != tcp::SYN_RECV) {
+            ledger::listens(row, sk, new == tcp::LISTEN);
             return;
         }
         if !sock::is_tcp(sk) {
@@ -81,10 +85,16 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             cloned(sk);
             return;
         }
+        if new == tcp::CLOSE {
+            ledger::seen(row, sk, old);
+        }
         // At SYN_SENT a client has no port yet.
         if sock::config_filters() & filter::PORT != 0 && new != tcp::SYN_SENT {
             let (local, remote) = sock::ports(sk);
             if !conn::port_passes(local, remote) {
+                if new == tcp::CLOSE {
+                    ledger::add(row, Column::Filtered, 1);
+                }
                 return;
             }
         }
@@ -95,12 +105,16 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
         if !conn::ends_pass(sk) {
             // Made when it was cloned, before it had addresses.
             conn::delete(sk);
+            if new == tcp::CLOSE {
+                ledger::add(row, Column::Filtered, 1);
+            }
             return;
         }
         let now = conn::now();
         let Some(conn) = conn::create(sk) else {
             // Counted once in the life of a socket.
             if new == tcp::CLOSE {
+                ledger::add(row, Column::Untracked, 1);
                 conn::count(counter::UNTRACKED);
                 if conn::worth_a_warning(counter::UNTRACKED) {
                     let (local, remote) = sock::ports(sk);
@@ -111,6 +125,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
         };
         if new == tcp::CLOSE && conn.marks & mark::ENDED != 0 {
             // One that was seen twice: where programs can be preempted, `SEEN` may have been overwritten in between.
+            ledger::add(row, Column::Void, 1);
             return;
         }
         if old == tcp::SYN_RECV && conn.role == role::UNKNOWN {
@@ -124,6 +139,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             traffic::first_sight(conn, cookie, if new == tcp::SYN_SENT { new } else { old }, now);
         }
         if new == tcp::CLOSE && old == tcp::SYN_RECV && never_lived(sk, conn) {
+            ledger::add(row, Column::Void, 1);
             return;
         }
         if sock::config_states() && old == tcp::SYN_SENT && conn.states_len != 0 {
@@ -158,7 +174,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, sk: Sock, old: i32, new: i32) {
             _ => {}
         }
         if new == tcp::CLOSE {
-            ended(sk, conn, old, now);
+            ended(row, sk, conn, old, now);
         } else if sock::config_states() && new != tcp::SYN_SENT {
             conn::emit(sk, conn, kind::STATE, old, new, now);
         }
@@ -215,7 +231,7 @@ unsafe fn cloned(sk: Sock) {
 /// # Safety
 /// As for [`transition`].
 #[inline(always)]
-unsafe fn ended(sk: Sock, conn: &mut Conn, old: i32, now: u64) {
+unsafe fn ended(row: u32, sk: Sock, conn: &mut Conn, old: i32, now: u64) {
     // SAFETY: by the caller's word.
     unsafe {
         if sock::fin_processed(sk) {
@@ -235,7 +251,12 @@ unsafe fn ended(sk: Sock, conn: &mut Conn, old: i32, now: u64) {
             TimeWaitTable::Full => conn.flags |= flag::TIME_WAIT_FULL,
             TimeWaitTable::Unknown => conn.flags |= flag::TIME_WAIT_COUNT_UNKNOWN,
         }
-        conn::emit(sk, conn, kind::CLOSE, old, tcp::CLOSE, now);
+        let column = match conn::emit(sk, conn, kind::CLOSE, old, tcp::CLOSE, now) {
+            Outcome::Written => Column::Emitted,
+            Outcome::Filtered => Column::Filtered,
+            Outcome::Lost => Column::Lost,
+        };
+        ledger::add(row, column, 1);
     }
     conn.marks |= mark::ENDED;
 }

@@ -7,7 +7,7 @@ use aya_ebpf::cty::{c_int, c_void};
 use tracer_ebpf::head::clamp;
 use tracer_ebpf::{STATES, kind, unpack_state};
 
-use crate::conn::{self, Conn};
+use crate::conn::{self, Conn, Outcome};
 use crate::sock::{self, tcp};
 
 /// `struct bpf_iter__bpf_sk_storage_map`: a socket that has storage in the map; NULL at the end of the walk.
@@ -36,7 +36,8 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
             return 0;
         }
         // A filter may let it pass later, when its owner is known.
-        if conn::emit(sk, conn, kind::CLOSE_WAIT, tcp::CLOSE_WAIT, tcp::CLOSE_WAIT, now) {
+        let outcome = conn::emit(sk, conn, kind::CLOSE_WAIT, tcp::CLOSE_WAIT, tcp::CLOSE_WAIT, now);
+        if outcome == Outcome::Written {
             conn.close_wait_told = 1;
         }
     }

@@ -345,14 +345,23 @@ fn passes(conn: &Conn) -> bool {
     filters & filter::COMM == 0 || COMMS.get_ptr(conn.owner.comm).is_some() || COMMS.get_ptr(conn.closer.comm).is_some()
 }
 
-/// Writes one record, if the filters let it pass; answers whether it was written.
+/// What became of a record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Written,
+    Filtered,
+    /// There was no room for it.
+    Lost,
+}
+
+/// Writes one record, if the filters let it pass.
 ///
 /// # Safety
 /// `sk` is a BTF pointer to a full TCP `struct sock`.
 #[inline(always)]
-pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) -> bool {
+pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, new: i32, at_ns: u64) -> Outcome {
     if !passes(conn) || (matches!(kind, kind::CLOSE | kind::RESET_AFTER_CLOSE) && !lasted(conn, at_ns)) {
-        return false;
+        return Outcome::Filtered;
     }
     // At the end only: what is settled stays so, and before it what is missing may still come.
     if kind == kind::CLOSE {
@@ -363,7 +372,7 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     }
     let Some(mut entry) = RING.reserve(0) else {
         count(counter::LOST);
-        return false;
+        return Outcome::Lost;
     };
     let record = entry.as_mut_ptr();
     // SAFETY: every member of the reserved record is written; `conn` and `sk` are valid by the caller's word.
@@ -394,7 +403,7 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     }
     // A transition that is told late, has its own time.
     entry.submit(wakeup(if kind == kind::STATE { now() } else { at_ns }));
-    true
+    Outcome::Written
 }
 
 /// Whether the reader must be woken: not while it looks by itself. A wake-up costs more than all else here, on a virtual

@@ -251,6 +251,8 @@ wire! {
         pub bytes_sent: u32,
         /// `tcp_sock.bytes_retrans`
         pub bytes_retrans: u32,
+        /// `tcp_sock.segs_out`
+        pub segs_out: u32,
         /// `net.ns.inum`
         pub net_inum: u32,
         /// `net.ipv4.tcp_death_row.tw_refcount` (`tw_count` before 6.0); `u32::MAX` where the table is not embedded
@@ -322,8 +324,8 @@ wire! {
         pub states: u32,
         /// Not 0: keep the query string of the target.
         pub full_target: u32,
-        #[doc(hidden)]
-        pub _pad: u32,
+        /// Inode number of tracer's own network namespace; 0: not known.
+        pub netns: u32,
     }
 }
 
@@ -337,5 +339,35 @@ pub mod counter {
     pub const COUNT: u32 = 2;
 }
 
+/// The `LEDGER` per-CPU map: what became of each end of a TCP socket.
+pub mod book {
+    /// Rows for each CPU: two programs make the counts, and each can be at work for a process and for softirq.
+    pub const ROWS: u32 = 4;
+    /// Columns of a row.
+    pub const COLUMNS: usize = 8;
+
+    /// What is counted. Of each CPU, [`Column::Seen`] is the sum of those from [`Column::Emitted`] to [`Column::Void`].
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Column {
+        /// Transitions to CLOSE, but for those of listening sockets.
+        Seen,
+        /// Its record was written.
+        Emitted,
+        /// It did not pass the filters.
+        Filtered,
+        /// Its record found the ring buffer full.
+        Lost,
+        /// There was no memory to follow the socket.
+        Untracked,
+        /// It was no connection, or its end was counted before.
+        Void,
+        /// Of [`Column::Seen`], those in tracer's own network namespace that the kernel's counters know.
+        SeenHere,
+        /// Sockets that began to listen in tracer's own network namespace, less those that ended to; it may be negative.
+        ListenersHere,
+    }
+}
+
+const _: () = assert!(book::Column::ListenersHere as usize + 1 == book::COLUMNS);
 const _: () = assert!(size_of::<Task>() == 32);
 const _: () = assert!(size_of::<Record>().is_multiple_of(8));

@@ -10,6 +10,7 @@
 mod close;
 mod close_wait;
 mod conn;
+mod ledger;
 mod owner;
 mod scan;
 mod sock;

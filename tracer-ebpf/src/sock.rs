@@ -19,7 +19,8 @@ pub(crate) static OFFSETS: Offsets = {
 
 /// See [`Config`]; overridden before the load.
 #[unsafe(no_mangle)]
-static CONFIG: Config = Config { close_wait_ns: 0, min_duration_ns: 0, filters: 0, states: 0, full_target: 0, _pad: 0 };
+static CONFIG: Config =
+    Config { close_wait_ns: 0, min_duration_ns: 0, filters: 0, states: 0, full_target: 0, netns: 0 };
 
 /// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
 #[inline(always)]
@@ -141,6 +142,33 @@ pub(crate) unsafe fn locked_by_process(sk: Sock) -> bool {
 pub(crate) unsafe fn sk_err(sk: Sock) -> u32 {
     // SAFETY: by the caller's word.
     unsafe { load!(sk, sk_err, u32) }
+}
+
+/// Whether it is in tracer's own network namespace.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn is_here(sk: Sock) -> bool {
+    let own = frozen(&CONFIG.netns);
+    // SAFETY: by the caller's word; `skc_net` points to a live namespace while the socket lives.
+    unsafe {
+        let net = load!(sk, skc_net, *mut c_void);
+        own != 0 && load!(net, net_inum, u32) == own
+    }
+}
+
+/// Whether not even a SYN was sent: there was no free port, or no route any more.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn has_sent_nothing(sk: Sock) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        !tp.is_null() && load!(tp, segs_out, u32) == 0
+    }
 }
 
 /// Whether the application has shut both directions down: it closes the socket. (`tcp_done` says the same, but after the

@@ -38,7 +38,8 @@ Exit codes:
   6  no cgroup-v2 hierarchy could be used
   7  the kernel refused for its security policy (lockdown, seccomp, a security module)
   8  a recording is incomplete: it could not be written, or read, to its end
-  9  only with doctor --strict: it works, but degraded";
+  9  only with doctor --strict: it works, but degraded
+  10 only with run --strict: closes were lost, or not seen";
 
 const SNAPSHOT: &str = "\
 Examples:
@@ -252,6 +253,9 @@ pub struct Run {
     /// lost, and counted
     #[arg(long, value_name = "BYTES", value_parser = ring_size, default_value = "4M")]
     pub ring_size: u32,
+    /// Exit with code 10 if a close was lost or not seen, or the counts in the summary do not agree
+    #[arg(long)]
+    pub strict: bool,
     /// Print a summary this often, of what was added since the one before. SIGUSR1 asks for one at any time
     #[arg(long, value_name = "TIME", value_parser = at_least_a_second)]
     pub every: Option<Duration>,

@@ -84,6 +84,8 @@ pub struct Connections {
     /// `--states`
     states: bool,
     held: VecDeque<Held>,
+    /// Ends that were taken in.
+    ended: u64,
     /// When foreign network namespaces are let go of, if none is needed; `None` while none is held.
     release_at: Option<Instant>,
     /// [`Connections::blind`]
@@ -99,6 +101,7 @@ impl Connections {
             clock: Clock::now(),
             states,
             held: VecDeque::new(),
+            ended: 0,
             release_at: None,
             blind: Blind::default(),
         }
@@ -126,7 +129,10 @@ impl Connections {
                 let event = self.state(&socket, socket.old, socket.new, socket.at_ns);
                 out.push(event);
             }
-            Fact::Ended(socket) => self.ended(socket, now, out),
+            Fact::Ended(socket) => {
+                self.ended += 1;
+                self.ended(socket, now, out);
+            }
             Fact::CloseWait(socket) => {
                 let ending = verdict::half_closed(&socket);
                 let mut close = self.close(&socket, &ending);
@@ -215,6 +221,11 @@ impl Connections {
     /// With very many connections held back each is asked for more rarely, but still well within TIME_WAIT's 60 s.
     fn slowest(&self) -> Duration {
         SLOWEST.max(Duration::from_millis(self.held.len() as u64 * 2))
+    }
+
+    /// Ends of sockets that were taken in, and those of them that are held back.
+    pub fn ends(&self) -> (u64, u64) {
+        (self.ended, self.held.len() as u64)
     }
 
     /// When [`Connections::poll`] should be called next; `None` while nothing is held back.

@@ -521,6 +521,113 @@ pub struct Summary {
     pub groups: Vec<Group>,
     /// Closes in groups that are not listed.
     pub other_closes: u64,
+    /// What became of each close that was seen; `null` where nobody asked the programs: of a recording, and for `--exec`.
+    pub ledger: Option<Box<Ledger>>,
+}
+
+/// What became of each close that was seen, in all network namespaces, since tracing began:
+/// `seen = written + filtered_kernel + filtered_user + lost + waiting`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ledger {
+    /// Closes that the programs saw, whether or not they pass the filters.
+    pub seen: u64,
+    /// `close` lines written.
+    pub written: u64,
+    /// Those that the programs left out by the filters.
+    pub filtered_kernel: u64,
+    /// Those that were left out behind them.
+    pub filtered_user: u64,
+    /// Those whose record was lost (there was no room), or that could not be followed.
+    pub lost: u64,
+    /// Of `lost`, those that could not be followed, for want of kernel memory.
+    pub untracked: u64,
+    /// Those whose record has not been read yet, or whose end is not decided; 0 in the last summary.
+    pub waiting: u64,
+    /// Records that the programs wrote.
+    pub emitted: u64,
+    /// Records that were read.
+    pub read: u64,
+    /// All sums are right: of each CPU, and of what was read.
+    pub balanced: bool,
+    /// The programs' counts by CPU, where there are any: `seen = emitted + filtered + lost + untracked`.
+    pub cpus: Vec<LedgerRow>,
+    /// What the kernel's own counters say; `null` if they cannot be read.
+    pub reconciled: Option<Reconciled>,
+}
+
+/// The programs' counts on one CPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LedgerRow {
+    /// Its number.
+    pub cpu: usize,
+    /// Closes seen.
+    pub seen: u64,
+    /// Records written.
+    pub emitted: u64,
+    /// Left out by the filters.
+    pub filtered: u64,
+    /// Records that found no room.
+    pub lost: u64,
+    /// Sockets that could not be followed.
+    pub untracked: u64,
+}
+
+impl LedgerRow {
+    /// Whether something became of each close.
+    pub const fn balances(&self) -> bool {
+        self.seen == self.emitted + self.filtered + self.lost + self.untracked
+    }
+}
+
+impl Ledger {
+    /// With the number of lines that were written, of which the rest must be what was seen and not written.
+    #[must_use]
+    pub fn written(mut self, written: u64) -> Self {
+        // Counted by who sent them as well.
+        self.balanced &= written == self.written;
+        self.written = written;
+        self
+    }
+}
+
+/// What the kernel's own counters say of tracer's network namespace since tracing began, whatever the filters:
+/// `closed = active_opens + passive_opens + open at the start - open now`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Reconciled {
+    /// Inode number of that network namespace.
+    pub netns: u32,
+    /// TCP sockets that have closed by these counters, listening ones aside.
+    pub closed: u64,
+    /// Closes that were seen there, as far as these counters know them: a `connect` that sent nothing is not among them.
+    pub seen: u64,
+    /// By how much both may be off, because the counters moved while they were read; 0: they are exact.
+    pub slack: u64,
+    /// How much of what closed was seen, percent, rounded down to a tenth; `null`: nothing closed.
+    pub percent: Option<f64>,
+    /// `ActiveOpens`: connections that were begun here, those that failed included.
+    pub active_opens: u64,
+    /// `PassiveOpens`: connections that came in.
+    pub passive_opens: u64,
+    /// `TW` and `TWKilled`: mini-sockets made for TIME_WAIT and FIN_WAIT2.
+    pub mini_sockets: Option<u64>,
+    /// Closes that left one, as far as they were seen; `null` where a filter or a loss leaves some out.
+    pub mini_sockets_seen: Option<u64>,
+    /// Closes of which that is not known, likewise.
+    pub mini_sockets_maybe: Option<u64>,
+    /// `TCPTimeWaitOverflow`: TIME_WAIT had no room.
+    pub time_wait_overflow: Option<u64>,
+}
+
+impl Reconciled {
+    /// The counters stood still while they were read.
+    pub const fn is_exact(&self) -> bool {
+        self.slack == 0
+    }
+
+    /// All that closed was seen, as far as can be told.
+    pub const fn seen_all(&self) -> bool {
+        self.closed.abs_diff(self.seen) <= self.slack
+    }
 }
 
 /// One group of the [`Summary`]. Processes of one name in one cgroup count as one: a server with many workers, a command

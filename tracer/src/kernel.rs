@@ -17,12 +17,14 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use log::{Log, debug};
-use tracer_ebpf::{Config, Offsets, counter, filter};
+use tracer_ebpf::{Config, Offsets, book, counter, filter};
 
 use crate::decode::Blind;
 use crate::descendants;
 use crate::filter::{Filter, prefixes};
+use crate::ledger::Row;
 use crate::preflight::{self, Refusal};
+use crate::time_wait;
 
 /// The programs. Committed, so that building tracer needs no BPF toolchain; `TRACER_BPF_OBJECT` at build time names
 /// another object, for testing programs that were just built.
@@ -95,6 +97,7 @@ pub struct Counters {
 pub struct Kernel {
     ebpf: Option<Ebpf>,
     counters: PerCpuArray<MapData, u64>,
+    ledger: PerCpuArray<MapData, Row>,
     close_wait: Option<SocketWalk>,
     /// Attached hooks by name.
     pub hooks: Vec<String>,
@@ -258,7 +261,8 @@ impl<'a> Object<'a> {
             full_target: ask.full_target.into(),
             close_wait_ns: u64::try_from(ask.close_wait_after.as_nanos()).unwrap_or(u64::MAX),
             min_duration_ns: ask.min_duration_us.filter(|_| !ask.states).unwrap_or(0).saturating_mul(1000),
-            _pad: 0,
+            // Without `/proc` it is not known, and nothing is counted for it.
+            netns: time_wait::own_namespace().unwrap_or(0),
         };
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
@@ -368,7 +372,8 @@ impl Kernel {
         let ring = RingBuf::try_from(take(&mut ebpf, "RING")?)?;
         let looks_until = Array::try_from(take(&mut ebpf, "LOOKS_UNTIL")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
-        let kernel = Self { ebpf: Some(ebpf), counters, close_wait, hooks: attached, degraded, blind };
+        let ledger = PerCpuArray::try_from(take(&mut ebpf, "LEDGER")?)?;
+        let kernel = Self { ebpf: Some(ebpf), counters, ledger, close_wait, hooks: attached, degraded, blind };
         Ok(Attached { kernel, ring, looks_until, log })
     }
 
@@ -385,6 +390,22 @@ impl Kernel {
     /// The kernel refused.
     pub fn look_for_close_wait(&self) -> Result<()> {
         self.close_wait.as_ref().map_or(Ok(()), SocketWalk::run)
+    }
+
+    /// Reads the books of the programs: a row for each CPU, summed over its programs.
+    ///
+    /// # Errors
+    /// The kernel refused the look-up.
+    pub fn ledger(&self) -> Result<Vec<Row>> {
+        let mut rows: Vec<Row> = Vec::new();
+        for row in 0..book::ROWS {
+            let of_cpus = self.ledger.get(&row, 0).context("cannot read the programs' ledger")?;
+            rows.resize(of_cpus.len(), [0; book::COLUMNS]);
+            for (sum, columns) in rows.iter_mut().zip(of_cpus.iter()) {
+                sum.iter_mut().zip(columns).for_each(|(sum, column)| *sum = sum.wrapping_add(*column));
+            }
+        }
+        Ok(rows)
     }
 
     /// Reads the programs' counters.

@@ -88,6 +88,7 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
         duration: arguments.duration,
         // What it runs would be confined with it.
         sandbox: !arguments.no_sandbox && arguments.exec.is_none(),
+        strict: arguments.strict,
         ends_children: arguments.demo,
         wanted: Wanted {
             every: arguments.every,

@@ -62,6 +62,7 @@ impl Types {
             bytes_received: offset("tcp_sock", "bytes_received")?,
             bytes_sent: offset("tcp_sock", "bytes_sent")?,
             bytes_retrans: offset("tcp_sock", "bytes_retrans")?,
+            segs_out: offset("tcp_sock", "segs_out")?,
             net_inum: offset("net", "ns.inum")?,
             tw_count,
             tw_count_bias,

@@ -46,6 +46,11 @@ impl Refusal {
         Self { code: exit::FAILURE, message: format!("cannot make {}: {error}", path.display()) }
     }
 
+    /// All is printed, but not every close is accounted for; with `--strict` only.
+    pub fn unaccounted(why: &str) -> Self {
+        Self { code: exit::UNACCOUNTED, message: format!("--strict: {why}") }
+    }
+
     /// Tracing went on, but writing the recording failed, which was said then.
     pub fn recording_incomplete() -> Self {
         Self { code: exit::INCOMPLETE, message: "the recording is incomplete".to_owned() }
@@ -82,6 +87,8 @@ pub mod exit {
     pub const INCOMPLETE: u8 = 8;
     /// `tracer doctor --strict`: it works, but not all of it.
     pub const DEGRADED: u8 = 9;
+    /// `tracer run --strict`: not every close is accounted for.
+    pub const UNACCOUNTED: u8 = 10;
 }
 
 /// What was found.

@@ -143,6 +143,7 @@ pub fn replay<R: io::Read>(
             now: began.checked_add(end.ran).unwrap_or(began),
             missed: end.missed,
             time_wait_sockets: end.time_wait_sockets,
+            ledger: None,
         };
         each(&Event::Summary(Box::new(summary.summary(About::Run, &moment))))?;
         return Ok(unreadable);

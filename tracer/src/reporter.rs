@@ -75,11 +75,11 @@ impl Reporter {
     pub fn take(&mut self, batch: &Batch) -> io::Result<()> {
         self.record(&batch.events);
         self.print(&batch.events)?;
-        match batch.ask {
+        match &batch.ask {
             None => Ok(()),
-            Some((Ask::Check, moment)) => self.check(&moment),
-            Some((Ask::Every, moment)) => self.summarize(About::SinceLast, &moment),
-            Some((Ask::Now, moment)) => self.summarize(About::Recent, &moment),
+            Some((Ask::Check, moment)) => self.check(moment),
+            Some((Ask::Every, moment)) => self.summarize(About::SinceLast, moment),
+            Some((Ask::Now, moment)) => self.summarize(About::Recent, moment),
         }
     }
 

@@ -20,9 +20,10 @@ use tokio::sync::mpsc;
 use crate::broker::Broker;
 use crate::connection::Connections;
 use crate::decode::decode;
-use crate::event::{Event, Lost, Start};
+use crate::event::{Event, Ledger, Lost, Reconciled, Start};
 use crate::filter::Filter;
 use crate::kernel::{Ask, Attached, Counters, Kernel};
+use crate::ledger::{self, Row, Tally, Witness};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
@@ -32,7 +33,7 @@ use crate::ring::{Ring, watch};
 use crate::sandbox::{self, Part};
 use crate::sink::Sink;
 use crate::sink::summary::{Missed, Moment};
-use crate::time_wait::SockDiag;
+use crate::time_wait::{self, SockDiag};
 
 /// What to trace, and how to print it.
 pub struct Options {
@@ -48,6 +49,8 @@ pub struct Options {
     pub wanted: Wanted,
     /// Whether the two processes are confined, see [`sandbox`].
     pub sandbox: bool,
+    /// Whether it is a failure that closes were lost or not seen.
+    pub strict: bool,
     /// Processes that were started will be ended here.
     pub ends_children: bool,
     /// How to print.
@@ -94,6 +97,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
+    let mut books = Books::open(&kernel);
     // Not before: what is there already is not replaced by the recording of a run that could not begin.
     let recording = match &options.record {
         Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
@@ -167,7 +171,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     // What the writer is asked for, behind these.
     let mut ask = None;
     let outcome = loop {
-        events.retain(|event| options.filter.passes(event));
+        books.sift(&options.filter, &mut events);
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
         let full = !events.is_empty() || ask.is_some();
         let poll_at = connections.next_poll();
@@ -179,6 +183,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             () = &mut closed => break Ok(()),
             permit = queue.reserve(), if full => match permit {
                 Ok(permit) => {
+                    books.sent(&events);
                     permit.send(Batch { events: std::mem::take(&mut events), ask: ask.take() });
                     flush_at = flush_at.or_else(|| records.then(|| Instant::now() + record::FLUSH_AFTER));
                 }
@@ -186,17 +191,19 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
                 Err(_) => break Ok(()),
             },
             _ = summary_wanted.recv(), if !full => {
-                ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat)));
+                let ledger = Some(books.ledger(&kernel, &connections)?);
+                ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat, ledger)));
             }
             () = tick(&mut summary_ticks), if !full => {
-                ask = Some((reporter::Ask::Every, moment(losses.missed, &sockstat)));
+                let ledger = Some(books.ledger(&kernel, &connections)?);
+                ask = Some((reporter::Ask::Every, moment(losses.missed, &sockstat, ledger)));
             }
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
                 take(&mut ring, &mut connections, Instant::now(), &mut events);
                 losses.check(&kernel, &mut events)?;
-                ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat)));
+                ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
             ready = ring.ready(), if !full => {
                 ready?;
@@ -227,14 +234,101 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     };
 
     // What was written up to now still counts; nothing is added to it.
+    let reconciled = books.compare(&kernel, 20);
     kernel.detach();
     let now = Instant::now();
-    while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
+    // One of the programs may still be at work on another CPU: until all that they have counted is here.
+    let mut attempts = 100;
+    let rows = loop {
+        while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
+        let rows = kernel.ledger()?;
+        attempts -= 1;
+        if attempts == 0 || ledger::is_whole(&rows) && ledger::emitted(&rows) == connections.ends().0 {
+            break rows;
+        }
+        std::thread::sleep(ledger::PAUSE);
+    };
     connections.finish(now, &mut events);
-    events.retain(|event| options.filter.passes(event));
+    books.sift(&options.filter, &mut events);
     losses.check(&kernel, &mut events)?;
-    writer.end(queue, events, losses.missed, sockstat).await?;
-    outcome
+    books.sent(&events);
+    let ledger = books.close(&rows, &connections, reconciled);
+    let complaint = options.strict.then(|| ledger::complaint(&ledger, losses.missed.lost)).flatten();
+    let moment = moment(losses.missed, &sockstat, Some(ledger));
+    writer.end(queue, events, moment, options.strict).await?;
+    outcome.and_then(|()| complaint.map_or(Ok(()), |why| Err(Refusal::unaccounted(&why).into())))
+}
+
+/// What is counted of closes, from the first record to the last line.
+struct Books {
+    /// The network namespace of tracer, if that is known.
+    here: Option<u32>,
+    /// The kernel's own counters of it, if they can be read.
+    witness: Option<Witness>,
+    tally: Tally,
+}
+
+impl Books {
+    /// To be called once the programs are attached.
+    fn open(kernel: &Kernel) -> Self {
+        // Without `/proc` it is not known; the host's check has said so.
+        let here = time_wait::own_namespace().ok();
+        let witness = here.and_then(|netns| {
+            Witness::begin(netns, || kernel.ledger())
+                .inspect_err(|error| {
+                    warn!("the kernel's own counters cannot be read, so closes are not compared with them: {error:#}")
+                })
+                .ok()
+        });
+        Self { here, witness, tally: Tally::default() }
+    }
+
+    /// Leaves out what does not pass the filter.
+    fn sift(&mut self, filter: &Filter, events: &mut Vec<Event>) {
+        events.retain(|event| {
+            let passes = filter.passes(event);
+            if let (false, Event::Close(close)) = (passes, event) {
+                self.tally.filtered += 1;
+                self.tally.close(close, self.here);
+            }
+            passes
+        });
+    }
+
+    /// These are on their way to the writer.
+    fn sent(&mut self, events: &[Event]) {
+        for event in events {
+            if let Event::Close(close) = event {
+                self.tally.passed += 1;
+                self.tally.close(close, self.here);
+            }
+        }
+    }
+
+    /// As they are now; no event may be on its way between the ring and [`Books::sent`].
+    fn ledger(&mut self, kernel: &Kernel, connections: &Connections) -> Result<Box<Ledger>> {
+        let reconciled = self.compare(kernel, 3);
+        let rows = ledger::whole(10, || kernel.ledger())?;
+        Ok(self.balance(&rows, connections, reconciled))
+    }
+
+    /// As they are once everything was read and sent.
+    fn close(&mut self, rows: &[Row], connections: &Connections, reconciled: Option<Reconciled>) -> Box<Ledger> {
+        let mut ledger = self.balance(rows, connections, reconciled);
+        ledger.balanced &= ledger.emitted == ledger.read && ledger.waiting == 0;
+        ledger
+    }
+
+    fn balance(&mut self, rows: &[Row], connections: &Connections, reconciled: Option<Reconciled>) -> Box<Ledger> {
+        let (read, held) = connections.ends();
+        self.tally.read = read;
+        Box::new(ledger::close_books(rows, &self.tally, held, reconciled))
+    }
+
+    fn compare(&self, kernel: &Kernel, attempts: u32) -> Option<Reconciled> {
+        let compared = self.witness.as_ref()?.compare(attempts, || kernel.ledger());
+        compared.inspect_err(|error| warn!("the kernel's own counters cannot be read any more: {error:#}")).ok()
+    }
 }
 
 /// How often all sockets are looked at, if those are wanted that have been in CLOSE_WAIT for `after`: so that they are
@@ -335,8 +429,8 @@ fn time_wait_max() -> Option<u64> {
 }
 
 /// Now, with what was missed up to now.
-fn moment(missed: Missed, sockstat: &Sockstat) -> Moment {
-    Moment { time: Timestamp::now(), now: Instant::now(), missed, time_wait_sockets: sockstat.time_wait() }
+fn moment(missed: Missed, sockstat: &Sockstat, ledger: Option<Box<Ledger>>) -> Moment {
+    Moment { time: Timestamp::now(), now: Instant::now(), missed, time_wait_sockets: sockstat.time_wait(), ledger }
 }
 
 /// Lets no SIGUSR1 end this process before tracing begins; from then on it asks for a summary.
@@ -373,7 +467,8 @@ impl Writer {
     }
 
     /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
-    async fn end(self, queue: mpsc::Sender<Batch>, rest: Vec<Event>, missed: Missed, sockstat: Sockstat) -> Result<()> {
+    /// Where that cannot be done, it is a failure if that is `strict`.
+    async fn end(self, queue: mpsc::Sender<Batch>, rest: Vec<Event>, moment: Moment, strict: bool) -> Result<()> {
         let Self { thread, records } = self;
         let finish = tokio::task::spawn_blocking(move || {
             // Fails only where stdout has failed, which is said below; it is still recorded.
@@ -381,7 +476,7 @@ impl Writer {
             drop(queue);
             let (mut reporter, printed) = thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
             reporter.record(&unsent.unwrap_or_default());
-            let printed = reporter.finish(printed, &moment(missed, &sockstat));
+            let printed = reporter.finish(printed, &moment);
             // Last, as the disk may not answer.
             let recorded = reporter.finish_recording();
             Ok::<_, io::Error>((recorded, printed))
@@ -396,7 +491,11 @@ impl Writer {
                 if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
             }
             Err(_) => {
-                let code = if records { preflight::exit::INCOMPLETE } else { preflight::exit::SUCCESS };
+                let code = match (records, strict) {
+                    (true, _) => preflight::exit::INCOMPLETE,
+                    (false, true) => preflight::exit::UNACCOUNTED,
+                    (false, false) => preflight::exit::SUCCESS,
+                };
                 let nor = if records { ", or the recording not written," } else { "" };
                 warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
                 // The writer is stuck in a write; nothing else is left to be done.

@@ -606,7 +606,7 @@ fn summary_of(events: &[Event]) -> Summary {
     let mut summary = Summarizer::new(began, false, Some(131_072));
     events.iter().for_each(|event| summary.event(event));
     let End { time, ran, missed, time_wait_sockets } = end();
-    summary.summary(About::Run, &Moment { time, now: began + ran, missed, time_wait_sockets })
+    summary.summary(About::Run, &Moment { time, now: began + ran, missed, time_wait_sockets, ledger: None })
 }
 
 fn page_of(events: &[Event]) -> String {

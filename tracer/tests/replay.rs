@@ -12,7 +12,7 @@ use jiff::tz::TimeZone;
 use proptest::prelude::*;
 use tracer::connection::Connections;
 use tracer::decode::{Blind, NotARecord, decode};
-use tracer::event::{Cause, Close, ClosedBy, Event, Final, How, Lost, Start};
+use tracer::event::{Cause, Close, ClosedBy, Event, Final, How, Ledger, LedgerRow, Lost, Reconciled, Start};
 use tracer::filter;
 use tracer::process::Processes;
 use tracer::sink::summary::{About, Missed, Moment, Summarizer};
@@ -443,7 +443,8 @@ fn states_as_text() {
 #[test]
 fn lost_and_summary() {
     let began = Instant::now();
-    let moment = |after, missed| Moment { time: noon(), now: began + after, missed, time_wait_sockets: Some(126) };
+    let moment =
+        |after, missed| Moment { time: noon(), now: began + after, missed, time_wait_sockets: Some(126), ledger: None };
     let mut summary = Summarizer::new(began, false, None);
     for (at, (_, record)) in every_cause().into_iter().enumerate() {
         for _ in 0..=at {
@@ -491,7 +492,65 @@ fn lost_and_summary() {
           28 in other groups
     12:00:00 0 closed in 1.0 s (0.0/s), 0 of them left TIME_WAIT (0.0/s), 0 lost
     ");
-    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","final":true,"duration_s":1.0,"closes":0,"time_wait":0,"close_wait":0,"lost":0,"untracked":0,"window_s":1.0,"window_closes":0,"window_time_wait":0,"window_connections":0,"closes_per_s":0.0,"time_wait_per_s":0.0,"time_wait_sockets":126,"advice":[],"groups":[],"other_closes":0}"#);
+    insta::assert_snapshot!(print_json(&events[2..]).trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00.123456789Z","final":true,"duration_s":1.0,"closes":0,"time_wait":0,"close_wait":0,"lost":0,"untracked":0,"window_s":1.0,"window_closes":0,"window_time_wait":0,"window_connections":0,"closes_per_s":0.0,"time_wait_per_s":0.0,"time_wait_sockets":126,"advice":[],"groups":[],"other_closes":0,"ledger":null}"#);
+}
+
+#[test]
+fn the_books_of_a_summary() {
+    let reconciled = Reconciled {
+        netns: 1,
+        closed: 12_034,
+        seen: 12_034,
+        slack: 0,
+        percent: Some(100.0),
+        active_opens: 6_017,
+        passive_opens: 6_017,
+        mini_sockets: Some(6_000),
+        mini_sockets_seen: None,
+        mini_sockets_maybe: None,
+        time_wait_overflow: Some(0),
+    };
+    let books = Ledger {
+        seen: 12_034,
+        written: 12_000,
+        filtered_kernel: 30,
+        filtered_user: 4,
+        lost: 0,
+        untracked: 0,
+        waiting: 0,
+        emitted: 12_004,
+        read: 12_004,
+        balanced: true,
+        cpus: vec![LedgerRow { cpu: 1, seen: 12_034, emitted: 12_004, filtered: 30, lost: 0, untracked: 0 }],
+        reconciled: Some(reconciled.clone()),
+    };
+    let shown = |ledger: Ledger| {
+        let began = Instant::now();
+        let ledger = Some(Box::new(ledger));
+        let moment = Moment { time: noon(), now: began, missed: Missed::default(), time_wait_sockets: None, ledger };
+        let mut summary = Summarizer::new(began, false, None).summary(About::Run, &moment);
+        // As if it had counted them.
+        if let (Some(ledger), Some(given)) = (&mut summary.ledger, &moment.ledger) {
+            (ledger.written, ledger.balanced) = (given.written, given.balanced);
+        }
+        let text = print_text(&[Event::Summary(Box::new(summary))]);
+        text.lines().nth(1).expect("the books").trim_start().to_owned()
+    };
+    let with =
+        |percent: f64, seen: u64, slack: u64| Reconciled { percent: Some(percent), seen, slack, ..reconciled.clone() };
+    let sum = "12,034 seen = 12,000 written + 34 filtered + 0 lost";
+    assert_eq!(shown(books.clone()), format!("saw 100.0 % of closes: {sum}"));
+    // Not exact, not all, of fewer than all namespaces, nothing to compare with, nothing to be compared.
+    let said = |reconciled| shown(Ledger { reconciled, ..books.clone() });
+    assert_eq!(said(Some(with(100.0, 12_034, 3))), format!("saw about 100.0 % of closes: {sum}"));
+    assert_eq!(said(Some(with(99.9, 12_030, 0))), format!("saw 99.9 % of closes in its network namespace: {sum}"));
+    assert_eq!(said(Some(Reconciled { percent: None, ..reconciled.clone() })), sum);
+    assert_eq!(said(None), sum);
+    let lost =
+        Ledger { seen: 5, written: 1, filtered_kernel: 0, filtered_user: 0, lost: 3, waiting: 1, ..books.clone() };
+    assert_eq!(shown(Ledger { reconciled: None, ..lost }), "5 seen = 1 written + 1 to come + 3 lost");
+    let wrong = Ledger { balanced: false, reconciled: None, ..books };
+    assert_eq!(shown(wrong), format!("{sum}: THIS DOES NOT ADD UP"));
 }
 
 #[test]
@@ -519,8 +578,10 @@ fn the_summary_is_bounded_and_counts_everything() {
         summary.close(&close);
     }
     let now = began + Duration::from_secs(1);
-    let summary =
-        summary.summary(About::Run, &Moment { time: noon(), now, missed: Missed::default(), time_wait_sockets: None });
+    let summary = summary.summary(
+        About::Run,
+        &Moment { time: noon(), now, missed: Missed::default(), time_wait_sockets: None, ledger: None },
+    );
     assert_eq!((summary.closes, summary.time_wait), (20_000, 20_000));
     // What was given up of them is in one group without a peer.
     let listed: u64 = summary.groups.iter().map(|group| group.closes).sum();
@@ -611,7 +672,7 @@ fn summary_of(events: &[Event]) -> Event {
         }
     }
     let now = began + Duration::from_secs(10);
-    let moment = Moment { time: noon(), now, missed: Missed::default(), time_wait_sockets: None };
+    let moment = Moment { time: noon(), now, missed: Missed::default(), time_wait_sockets: None, ledger: None };
     Event::Summary(Box::new(summary.summary(About::Recent, &moment)))
 }
 

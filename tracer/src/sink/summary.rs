@@ -18,10 +18,10 @@ use foldhash::fast::RandomState;
 use indexmap::{Equivalent, IndexMap};
 use jiff::Timestamp;
 
-use crate::event::{Cause, Close, ClosedBy, Event, Final, Group, Role, Summary};
+use crate::event::{Cause, Close, ClosedBy, Event, Final, Group, Ledger, Role, Summary};
 use crate::verdict;
 use advice::Seen;
-pub(super) use advice::who;
+pub(super) use advice::{thousands, who};
 use pairs::{End, Pairs};
 use quantiles::{Quantiles, buckets};
 
@@ -44,7 +44,7 @@ pub struct Missed {
 }
 
 /// What is so at the moment of a summary, and what others have counted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Moment {
     /// The time of day.
     pub time: Timestamp,
@@ -54,6 +54,8 @@ pub struct Moment {
     pub missed: Missed,
     /// Sockets in TIME_WAIT, if the kernel says.
     pub time_wait_sockets: Option<u64>,
+    /// The programs' books, where they were asked.
+    pub ledger: Option<Box<Ledger>>,
 }
 
 /// Which part of the run a summary is about.
@@ -546,6 +548,7 @@ impl Summarizer {
             advice,
             groups,
             other_closes: total.closes - listed,
+            ledger: moment.ledger.clone().map(|ledger| Box::new(ledger.written(total.closes))),
         };
         if about == About::SinceLast {
             self.turn(moment.now);

@@ -15,6 +15,7 @@ mod filters;
 mod fin_wait2;
 mod heads;
 mod hostile;
+mod ledger;
 mod leftovers;
 mod messages;
 mod names;

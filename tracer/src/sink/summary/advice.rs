@@ -389,7 +389,7 @@ fn about(sockets: f64) -> u64 {
 }
 
 /// `1204567` as `1,204,567`
-fn thousands(number: u64) -> String {
+pub(crate) fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (at, digit) in digits.chars().enumerate() {

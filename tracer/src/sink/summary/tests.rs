@@ -104,7 +104,8 @@ impl Scene {
         let now = self.began + Duration::from_secs(second);
         let missed = Missed::default();
         self.summarizer.pass(now);
-        self.summarizer.summary(about, &Moment { time: noon(), now, missed, time_wait_sockets: Some(304) })
+        self.summarizer
+            .summary(about, &Moment { time: noon(), now, missed, time_wait_sockets: Some(304), ledger: None })
     }
 
     /// One client asks to close each time; the other makes ten requests on each connection, until the server has enough.
@@ -182,7 +183,7 @@ fn as_json() {
     let summary = scene.summary(About::Run, 10);
     let mut out = Vec::new();
     Json::default().event(&Event::Summary(Box::new(summary)), &mut out).expect("written");
-    insta::assert_snapshot!(String::from_utf8(out).expect("UTF-8").trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00Z","final":true,"duration_s":10.0,"closes":20,"time_wait":20,"close_wait":0,"lost":0,"untracked":0,"window_s":10.0,"window_closes":20,"window_time_wait":20,"window_connections":20,"closes_per_s":2.0,"time_wait_per_s":2.0,"time_wait_sockets":304,"advice":[{"cause":"request_close","at_fault":"client","comm":null,"pids":[],"more_pids":false,"address":"10.22.34.48","port":80,"closes":20,"of_closes":20,"requests_p50":1,"requests_mean":1.0,"time_wait_per_s":2.0,"time_wait_expected":120.0,"time_wait_after":0.0,"reuse":null,"text":"20 of 20 closes: client 10.22.34.48 (or a proxy there) sends Connection: close (1 request per connection). Turn keep-alive on in that client; on this host TIME_WAIT would fall from about 120 to about 0 if its connections stay open."}],"groups":[{"comm":"server","pid":4711,"pids":[4711],"more_pids":false,"cgroup":"/system.slice/web.service","role":"server","closed_by":"local","cause":"request_close","at_fault":"client","peer":"10.22.34.48","port":80,"closes":20,"time_wait":20,"window_closes":20,"window_time_wait":20,"both_ends":0,"closes_per_s":2.0,"time_wait_per_s":2.0,"requests_p50":1,"requests_p95":1,"lifetime_p50_us":1471,"lifetime_p95_us":1471}],"other_closes":0}"#);
+    insta::assert_snapshot!(String::from_utf8(out).expect("UTF-8").trim_end(), @r#"{"type":"summary","time":"2026-01-02T12:00:00Z","final":true,"duration_s":10.0,"closes":20,"time_wait":20,"close_wait":0,"lost":0,"untracked":0,"window_s":10.0,"window_closes":20,"window_time_wait":20,"window_connections":20,"closes_per_s":2.0,"time_wait_per_s":2.0,"time_wait_sockets":304,"advice":[{"cause":"request_close","at_fault":"client","comm":null,"pids":[],"more_pids":false,"address":"10.22.34.48","port":80,"closes":20,"of_closes":20,"requests_p50":1,"requests_mean":1.0,"time_wait_per_s":2.0,"time_wait_expected":120.0,"time_wait_after":0.0,"reuse":null,"text":"20 of 20 closes: client 10.22.34.48 (or a proxy there) sends Connection: close (1 request per connection). Turn keep-alive on in that client; on this host TIME_WAIT would fall from about 120 to about 0 if its connections stay open."}],"groups":[{"comm":"server","pid":4711,"pids":[4711],"more_pids":false,"cgroup":"/system.slice/web.service","role":"server","closed_by":"local","cause":"request_close","at_fault":"client","peer":"10.22.34.48","port":80,"closes":20,"time_wait":20,"window_closes":20,"window_time_wait":20,"both_ends":0,"closes_per_s":2.0,"time_wait_per_s":2.0,"requests_p50":1,"requests_p95":1,"lifetime_p50_us":1471,"lifetime_p95_us":1471}],"other_closes":0,"ledger":null}"#);
 }
 
 /// One connection, two records: it counts once, and only the end that can change something is named.

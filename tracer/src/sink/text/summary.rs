@@ -5,9 +5,9 @@ use unicode_width::UnicodeWidthStr as _;
 
 use super::{ADVICE, ALARM, GROUPS, HEADER, Line, PROCESS_WIDTH, Text, WIDTH, column, elapsed};
 use super::{cause_word, closed_by_word};
-use crate::event::{Advice, Alert, AlertState, Group, Metric, Role, Summary};
+use crate::event::{Advice, Alert, AlertState, Group, Ledger, Metric, Role, Summary};
 use crate::sink::escape::fit;
-use crate::sink::summary::who;
+use crate::sink::summary::{thousands, who};
 
 /// Advice that is shown.
 const ADVICES: usize = 5;
@@ -50,6 +50,9 @@ impl Text {
             line.stop(column::PROCESS);
             line.style(ALARM, |line| line.put(&format!("{untracked} could not be followed")));
             line.end();
+        }
+        if let Some(ledger) = &summary.ledger {
+            line.ledger(ledger);
         }
         if !summary.last {
             line.stop(column::PROCESS);
@@ -102,6 +105,42 @@ impl Text {
 }
 
 impl Line {
+    /// What became of each close.
+    fn ledger(&mut self, ledger: &Ledger) {
+        let Ledger { written, lost, waiting, .. } = ledger;
+        let filtered = ledger.filtered_kernel + ledger.filtered_user;
+        let seen = thousands(ledger.seen);
+        self.stop(column::PROCESS);
+        let about = ledger.reconciled.as_ref().and_then(|reconciled| Some((reconciled, reconciled.percent?)));
+        if let Some((reconciled, percent)) = about {
+            let style = if reconciled.seen_all() { Style::new() } else { ALARM };
+            self.style(style, |line| {
+                let about = if reconciled.is_exact() { "" } else { "about " };
+                line.put(&format!("saw {about}{percent:.1} % of closes"));
+            });
+            // The kernel's counters are about one network namespace.
+            if reconciled.seen < ledger.seen {
+                self.put(" in its network namespace");
+            }
+            self.put(": ");
+        }
+        self.put(&format!("{seen} seen = {} written", thousands(*written)));
+        if filtered > 0 {
+            self.put(&format!(" + {} filtered", thousands(filtered)));
+        }
+        if *waiting > 0 {
+            self.put(&format!(" + {} to come", thousands(*waiting)));
+        }
+        self.put(" + ");
+        self.style(if *lost > 0 { ALARM } else { Style::new() }, |line| {
+            line.put(&format!("{} lost", thousands(*lost)))
+        });
+        if !ledger.balanced {
+            self.style(ALARM, |line| line.put(": THIS DOES NOT ADD UP"));
+        }
+        self.end();
+    }
+
     /// A sentence, over as many lines as it needs.
     fn advice(&mut self, advice: &Advice) {
         let mut rest = String::new();

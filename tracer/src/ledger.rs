@@ -1,0 +1,446 @@
+//! The books of a run: what became of each close, and whether the kernel knows of others.
+//!
+//! What comes in: the programs' rows, one for each CPU; what user space did with their records; and the kernel's own counters of
+//! tracer's network namespace, from files that are opened before the process is confined. What goes out: a [`Ledger`], which
+//! says whether all of that agrees. Every number is counted where something happens, and none is taken from the others: or
+//! nothing could ever disagree. What the kernel's counters cannot tell exactly is not called exact.
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
+use std::time::Duration;
+
+use tracer_ebpf::book::{COLUMNS, Column};
+
+use crate::event::{Close, Final, FinalSource, Ledger, LedgerRow, Reconciled};
+
+/// The programs' counters of one CPU, by [`Column`].
+pub type Row = [u64; COLUMNS];
+
+/// Between two readings that must agree: longer than any transition takes.
+pub const PAUSE: Duration = Duration::from_millis(1);
+
+/// What user space has done with the records of closes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Read from the ring buffer.
+    pub read: u64,
+    /// Closes that passed no filter here.
+    pub filtered: u64,
+    /// Closes that were sent to be written.
+    pub passed: u64,
+    /// In tracer's own network namespace: those that left a mini-socket (TIME_WAIT, FIN_WAIT2).
+    pub mini_sockets: u64,
+    /// There: those of which that is not known.
+    pub maybe_mini_sockets: u64,
+}
+
+impl Tally {
+    /// Counts a close in this network namespace `here`, whether or not it passes the filters.
+    pub fn close(&mut self, close: &Close, here: Option<u32>) {
+        if here != Some(close.netns) {
+            return;
+        }
+        match (close.fate, close.fate_source) {
+            (Some(Final::TimeWait | Final::FinWait2), _) | (Some(Final::Reset), Some(FinalSource::Inferred)) => {
+                self.mini_sockets += 1;
+            }
+            (_, Some(FinalSource::Inferred | FinalSource::SockDiag)) => self.maybe_mini_sockets += 1,
+            _ => {}
+        }
+    }
+}
+
+/// Closes the books over these rows. `held`: closes whose end is still open. What was written is not known here: see
+/// [`Ledger::written`].
+pub fn close_books(rows: &[Row], tally: &Tally, held: u64, reconciled: Option<Reconciled>) -> Ledger {
+    let column = |row: &Row, column: Column| row[column as usize];
+    let cpus: Vec<LedgerRow> = rows
+        .iter()
+        .enumerate()
+        .map(|(cpu, row)| LedgerRow {
+            cpu,
+            // What was no connection, after all, is no close.
+            seen: column(row, Column::Seen).saturating_sub(column(row, Column::Void)),
+            emitted: column(row, Column::Emitted),
+            filtered: column(row, Column::Filtered),
+            lost: column(row, Column::Lost),
+            untracked: column(row, Column::Untracked),
+        })
+        .filter(|row| row.seen != 0 || row.emitted != 0 || !row.balances())
+        .collect();
+    let sum = |of: fn(&LedgerRow) -> u64| cpus.iter().map(of).sum::<u64>();
+    // Of what was filtered in the kernel, or lost, nothing is known.
+    let all_read = sum(|row| row.filtered + row.lost + row.untracked) == 0;
+    let reconciled = reconciled.map(|reconciled| Reconciled {
+        mini_sockets_seen: all_read.then_some(tally.mini_sockets),
+        mini_sockets_maybe: all_read.then_some(tally.maybe_mini_sockets + held),
+        ..reconciled
+    });
+    let emitted = sum(|row| row.emitted);
+    Ledger {
+        seen: sum(|row| row.seen),
+        written: tally.passed,
+        filtered_kernel: sum(|row| row.filtered),
+        filtered_user: tally.filtered,
+        lost: sum(|row| row.lost + row.untracked),
+        untracked: sum(|row| row.untracked),
+        waiting: emitted.saturating_sub(tally.passed + tally.filtered),
+        emitted,
+        read: tally.read,
+        balanced: cpus.iter().all(LedgerRow::balances)
+            && emitted >= tally.read
+            && tally.read == tally.passed + tally.filtered + held,
+        cpus,
+        reconciled,
+    }
+}
+
+/// What `--strict` complains of: that not every close was seen, and is in the output or left out by a filter. `records` were
+/// lost, of whatever kind.
+pub fn complaint(ledger: &Ledger, records: u64) -> Option<String> {
+    let Ledger { seen, lost, untracked, reconciled, .. } = ledger;
+    let missing = reconciled.as_ref().filter(|reconciled| reconciled.is_exact() && reconciled.closed > reconciled.seen);
+    if *untracked > 0 {
+        Some(format!(
+            "{lost} of {seen} closes are lost, {untracked} of them because the kernel had no memory to follow them"
+        ))
+    } else if *lost > 0 || records > 0 {
+        Some(format!(
+            "{lost} of {seen} closes are lost ({records} records in all): whoever reads stdout was too slow; --ring-size gives \
+             more room"
+        ))
+    } else if !ledger.balanced {
+        Some(
+            "the counts of closes do not agree, which is an error in tracer: see `ledger` in the summary of --json"
+                .to_owned(),
+        )
+    } else {
+        missing.map(|Reconciled { seen, closed, .. }| {
+            format!("{closed} sockets closed in its network namespace by the kernel's counters, and {seen} were seen")
+        })
+    }
+}
+
+/// Whether the rows are whole: while the programs run, one may have counted an end, and not yet what became of it.
+pub fn is_whole(rows: &[Row]) -> bool {
+    let parts = [Column::Emitted, Column::Filtered, Column::Lost, Column::Untracked, Column::Void];
+    rows.iter().all(|row| row[Column::Seen as usize] == parts.iter().map(|part| row[*part as usize]).sum::<u64>())
+}
+
+/// Records that the programs wrote, over all rows.
+pub fn emitted(rows: &[Row]) -> u64 {
+    rows.iter().map(|row| row[Column::Emitted as usize]).sum()
+}
+
+/// Reads the rows until they are whole, at most so many times.
+///
+/// # Errors
+/// Those of `read`.
+pub fn whole<E>(mut attempts: u32, mut read: impl FnMut() -> Result<Vec<Row>, E>) -> Result<Vec<Row>, E> {
+    loop {
+        let rows = read()?;
+        attempts = attempts.saturating_sub(1);
+        if attempts == 0 || is_whole(&rows) {
+            return Ok(rows);
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// What is known of the sockets of tracer's network namespace at one moment. All but the last two are the kernel's counters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Reading {
+    /// `ActiveOpens`: SYNs sent to connect, whatever became of them.
+    active: u64,
+    /// `PassiveOpens`: sockets cloned from a listener.
+    passive: u64,
+    /// `inuse` of TCP and TCP6: sockets in any state but CLOSE and TIME_WAIT; those that listen are among them.
+    in_use: u64,
+    /// `TW` and `TWKilled`: mini-sockets made, by how long they last. (Not: "killed".)
+    mini_sockets: Option<u64>,
+    /// `TCPTimeWaitOverflow`: those for which there was no room.
+    overflow: Option<u64>,
+    /// The programs' count of the closes that these counters know of.
+    seen: u64,
+    /// The programs' count of listeners that were made, less those that have ended.
+    listeners: u64,
+}
+
+impl Reading {
+    /// How far it moved until `later`, in sockets.
+    fn moved(&self, later: &Self) -> u64 {
+        later.active.wrapping_sub(self.active)
+            + later.passive.wrapping_sub(self.passive)
+            + later.in_use.abs_diff(self.in_use)
+            + later.seen.wrapping_sub(self.seen)
+    }
+}
+
+/// The kernel's own counters, to be compared with what was seen.
+#[derive(Debug)]
+pub struct Witness {
+    netns: u32,
+    files: Files,
+    began: Reading,
+    /// How far the counters moved while they were read at the beginning.
+    slack: u64,
+}
+
+#[derive(Debug)]
+struct Files {
+    snmp: File,
+    sockstat: File,
+    /// Not where the kernel has no IPv6.
+    sockstat6: Option<File>,
+    netstat: Option<File>,
+}
+
+impl Witness {
+    /// Opens the files and begins to compare. To be called once all programs are attached, and before files cannot be opened;
+    /// `netns`: inode number of the network namespace of this process.
+    ///
+    /// # Errors
+    /// A file cannot be opened or read, or does not hold what it should; or the error of `rows`.
+    pub fn begin(netns: u32, rows: impl Fn() -> anyhow::Result<Vec<Row>>) -> anyhow::Result<Self> {
+        let files = Files {
+            snmp: File::open("/proc/net/snmp")?,
+            sockstat: File::open("/proc/net/sockstat")?,
+            sockstat6: File::open("/proc/net/sockstat6").ok(),
+            netstat: File::open("/proc/net/netstat").ok(),
+        };
+        let mut witness = Self { netns, files, began: Reading::default(), slack: 0 };
+        let mut last = witness.read(&rows)?;
+        for _ in 0..5 {
+            std::thread::sleep(PAUSE);
+            let next = witness.read(&rows)?;
+            witness.slack = last.moved(&next);
+            last = next;
+            if witness.slack == 0 {
+                break;
+            }
+        }
+        witness.began = last;
+        Ok(witness)
+    }
+
+    /// Compares, with as many readings as it takes until two of them agree, or `attempts`. The programs must be attached still.
+    ///
+    /// # Errors
+    /// As for [`Witness::begin`].
+    pub fn compare(&self, attempts: u32, rows: impl Fn() -> anyhow::Result<Vec<Row>>) -> anyhow::Result<Reconciled> {
+        let mut last = self.read(&rows)?;
+        let mut slack = u64::MAX;
+        for _ in 0..attempts {
+            std::thread::sleep(PAUSE);
+            let next = self.read(&rows)?;
+            slack = last.moved(&next);
+            last = next;
+            // Where they do not agree although nothing moves, something may be under way on a CPU that was kept from its work.
+            if slack == 0 && reconcile(self.netns, &self.began, &last, 0).seen_all() {
+                break;
+            }
+        }
+        Ok(reconcile(self.netns, &self.began, &last, self.slack.saturating_add(slack)))
+    }
+
+    fn read(&self, rows: &impl Fn() -> anyhow::Result<Vec<Row>>) -> anyhow::Result<Reading> {
+        let Files { snmp, sockstat, sockstat6, netstat } = &self.files;
+        let (snmp, sockstat) = (text(snmp)?, text(sockstat)?);
+        let sockstat6 = sockstat6.as_ref().map_or(Ok(String::new()), text)?;
+        let netstat = netstat.as_ref().map_or(Ok(String::new()), text)?;
+        let rows = rows()?;
+        let sum = |column: Column| rows.iter().fold(0, |sum: u64, row| sum.wrapping_add(row[column as usize]));
+        let missing = |what| anyhow::anyhow!("/proc/net has no {what}");
+        let [tw, killed, overflow] =
+            ["TW", "TWKilled", "TCPTimeWaitOverflow"].map(|name| in_table(&netstat, "TcpExt:", name));
+        Ok(Reading {
+            active: in_table(&snmp, "Tcp:", "ActiveOpens").ok_or_else(|| missing("ActiveOpens"))?,
+            passive: in_table(&snmp, "Tcp:", "PassiveOpens").ok_or_else(|| missing("PassiveOpens"))?,
+            in_use: in_line(&sockstat, "TCP:", "inuse").ok_or_else(|| missing("TCP: inuse"))?
+                + in_line(&sockstat6, "TCP6:", "inuse").unwrap_or(0),
+            mini_sockets: tw.zip(killed).map(|(tw, killed)| tw.wrapping_add(killed)),
+            overflow,
+            seen: sum(Column::SeenHere),
+            listeners: sum(Column::ListenersHere),
+        })
+    }
+}
+
+/// What must have closed between two readings: what was opened, and what was open before and is not now. (Those that listen are
+/// in use, too, and close without being closes.)
+fn reconcile(netns: u32, began: &Reading, now: &Reading, slack: u64) -> Reconciled {
+    let signed = |now: u64, began: u64| now.wrapping_sub(began).cast_signed();
+    let active_opens = now.active.wrapping_sub(began.active);
+    let passive_opens = now.passive.wrapping_sub(began.passive);
+    let closed = active_opens.wrapping_add(passive_opens).cast_signed() - signed(now.in_use, began.in_use)
+        + signed(now.listeners, began.listeners);
+    let since = |of: fn(&Reading) -> Option<u64>| of(now).zip(of(began)).map(|(now, began)| now.wrapping_sub(began));
+    let (closed, seen) = (u64::try_from(closed).unwrap_or(0), now.seen.wrapping_sub(began.seen));
+    Reconciled {
+        netns,
+        closed,
+        seen,
+        slack,
+        percent: percent(closed, seen, slack),
+        active_opens,
+        passive_opens,
+        mini_sockets: since(|reading| reading.mini_sockets),
+        mini_sockets_seen: None,
+        mini_sockets_maybe: None,
+        time_wait_overflow: since(|reading| reading.overflow),
+    }
+}
+
+/// Rounded down, so that 100 is said of all only; above it where more was seen than can have closed.
+#[expect(clippy::cast_precision_loss, reason = "2^53 closes take a long time")]
+fn percent(closed: u64, seen: u64, slack: u64) -> Option<f64> {
+    match (closed, seen) {
+        (0, 0) => None,
+        _ if closed.abs_diff(seen) <= slack => Some(100.0),
+        _ => Some((seen as f64 * 1_000.0 / closed.max(1) as f64).floor() / 10.0),
+    }
+}
+
+fn text(mut file: &File) -> io::Result<String> {
+    // From the beginning it is written anew.
+    file.rewind()?;
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// A value of a table of two lines, the first of which has the names.
+fn in_table(text: &str, table: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().filter(|line| line.split(' ').next() == Some(table));
+    let at = lines.next()?.split(' ').position(|word| word == name)?;
+    lines.next()?.split(' ').nth(at)?.parse().ok()
+}
+
+/// The value behind its name.
+fn in_line(text: &str, line: &str, name: &str) -> Option<u64> {
+    let mut words = text.lines().find(|words| words.split(' ').next() == Some(line))?.split(' ');
+    words.find(|word| *word == name)?;
+    words.next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEEN: usize = Column::Seen as usize;
+
+    fn row(seen: u64, emitted: u64, filtered: u64, lost: u64) -> Row {
+        [seen, emitted, filtered, lost, 0, 0, 0, 0]
+    }
+
+    fn tally(read: u64, filtered: u64) -> Tally {
+        Tally { read, filtered, passed: read - filtered, ..Tally::default() }
+    }
+
+    #[test]
+    fn sums_are_those_of_all_cpus() {
+        let mut second = row(7, 3, 0, 1);
+        second[Column::Untracked as usize] = 1;
+        second[Column::Void as usize] = 2;
+        let ledger = close_books(&[row(10, 6, 3, 1), [0; COLUMNS], second], &tally(9, 2), 0, None);
+        assert!(ledger.balanced);
+        assert_eq!((ledger.seen, ledger.emitted, ledger.written, ledger.waiting), (15, 9, 7, 0));
+        assert_eq!((ledger.filtered_kernel, ledger.filtered_user, ledger.lost, ledger.untracked), (3, 2, 3, 1));
+        assert_eq!(ledger.cpus.iter().map(|row| (row.cpu, row.seen)).collect::<Vec<_>>(), [(0, 10), (2, 5)]);
+    }
+
+    #[test]
+    fn what_was_forgotten_shows() {
+        let balanced = |rows: &[Row], tally: &Tally, held| close_books(rows, tally, held, None).balanced;
+        assert!(balanced(&[row(5, 5, 0, 0)], &tally(5, 0), 0));
+        // An end of which nothing became; on one CPU too many, on another too few.
+        assert!(!balanced(&[row(6, 5, 0, 0)], &tally(5, 0), 0));
+        assert!(!balanced(&[row(6, 5, 0, 0), row(4, 5, 0, 0)], &tally(10, 0), 0));
+        // A record that was read, and is nowhere; one that is held; one that was read and never written.
+        assert!(!balanced(&[row(5, 5, 0, 0)], &Tally { passed: 4, ..tally(5, 0) }, 0));
+        assert!(balanced(&[row(5, 5, 0, 0)], &Tally { passed: 4, ..tally(5, 0) }, 1));
+        assert!(!balanced(&[row(5, 5, 0, 0)], &tally(6, 0), 0));
+    }
+
+    #[test]
+    fn what_strict_complains_of() {
+        let reconciled = |closed, seen, slack| {
+            let began = Reading::default();
+            Some(reconcile(1, &began, &Reading { active: closed, seen, ..began }, slack))
+        };
+        let complaint = |row: Row, read, reconciled, records| {
+            complaint(&close_books(&[row], &tally(read, 0), 0, reconciled), records)
+        };
+        assert_eq!(complaint(row(5, 3, 2, 0), 3, reconciled(5, 5, 0), 0), None);
+        // What moved while it was read, and what nobody compared, is no reason.
+        assert_eq!(complaint(row(5, 5, 0, 0), 5, reconciled(6, 5, 1), 0), None);
+        assert_eq!(complaint(row(5, 5, 0, 0), 5, None, 0), None);
+        let has = |said: Option<String>, word: &str| {
+            assert!(said.as_ref().is_some_and(|said| said.contains(word)), "{said:?}")
+        };
+        has(complaint(row(5, 3, 0, 2), 3, None, 2), "2 of 5 closes are lost");
+        has(complaint(row(5, 5, 0, 0), 5, None, 1), "1 records in all");
+        has(complaint([5, 4, 0, 0, 1, 0, 0, 0], 4, None, 0), "no memory");
+        has(complaint(row(6, 5, 0, 0), 5, None, 0), "do not agree");
+        has(complaint(row(5, 5, 0, 0), 5, reconciled(6, 5, 0), 0), "6 sockets closed");
+    }
+
+    #[test]
+    fn rows_are_read_until_they_are_whole() {
+        let mut reads = 0;
+        let mut read = || {
+            reads += 1;
+            Ok::<_, ()>(vec![row(5, if reads < 3 { 4 } else { 5 }, 0, 0)])
+        };
+        assert_eq!(whole(10, &mut read).expect("it is read")[0][SEEN], 5);
+        assert_eq!(reads, 3);
+        assert!(!is_whole(&whole(2, || Ok::<_, ()>(vec![row(5, 4, 0, 0)])).expect("it is read")));
+    }
+
+    #[test]
+    fn what_closed_by_the_kernels_count() {
+        let began = Reading { active: 100, passive: 50, in_use: 12, seen: 7, ..Reading::default() };
+        // Six were opened; two of them are open, with one more listener, and two that were open before are not.
+        let now =
+            Reading { active: 103, passive: 53, in_use: 13, seen: 13, listeners: 1, mini_sockets: Some(9), ..began };
+        let reconciled = reconcile(1, &began, &now, 0);
+        assert_eq!((reconciled.closed, reconciled.seen, reconciled.percent), (6, 6, Some(100.0)));
+        assert_eq!((reconciled.active_opens, reconciled.passive_opens), (3, 3));
+        assert_eq!(reconciled.mini_sockets, None, "not known at the beginning");
+        // Fewer listeners than before, and more closes than opens.
+        let now = Reading { in_use: 3, seen: 14, listeners: u64::MAX, ..began };
+        let reconciled = reconcile(1, &began, &now, 0);
+        assert_eq!((reconciled.closed, reconciled.seen), (8, 7));
+        assert_eq!(reconciled.percent, Some(87.5));
+        assert!(!reconciled.seen_all() && reconciled.is_exact());
+    }
+
+    #[test]
+    fn never_rounded_up_to_all() {
+        let reconciled = |closed, seen, slack| {
+            let began = Reading::default();
+            reconcile(1, &began, &Reading { active: closed, seen, ..began }, slack)
+        };
+        assert_eq!(reconciled(100_000, 99_999, 0).percent, Some(99.9));
+        assert_eq!(reconciled(0, 0, 0).percent, None);
+        // What moved while it was read may be the whole difference.
+        assert_eq!(reconciled(100_000, 99_999, 1).percent, Some(100.0));
+        assert_eq!(reconciled(100_000, 99_998, 1).percent, Some(99.9));
+    }
+
+    #[test]
+    fn the_kernels_files() {
+        let snmp = "Ip: Forwarding\nIp: 1\nTcp: RtoMin ActiveOpens MaxConn PassiveOpens\nTcp: 200 12 -1 34\nTcpX: 1\n";
+        assert_eq!(in_table(snmp, "Tcp:", "ActiveOpens"), Some(12));
+        assert_eq!(in_table(snmp, "Tcp:", "PassiveOpens"), Some(34));
+        for (table, name) in [("Tcp:", "MaxConn"), ("Tcp:", "Missing"), ("Udp:", "ActiveOpens"), ("TcpX:", "1")] {
+            assert_eq!(in_table(snmp, table, name), None, "{table} {name}");
+        }
+        let sockstat = "sockets: used 30\nTCP: inuse 3 orphan 0 tw 5 alloc 3 mem 52\nTCP6: inuse 1\n";
+        assert_eq!(in_line(sockstat, "TCP:", "inuse"), Some(3));
+        assert_eq!(in_line(sockstat, "TCP6:", "inuse"), Some(1));
+        assert_eq!(in_line(sockstat, "UDP:", "inuse"), None);
+        assert_eq!(in_line(sockstat, "TCP:", "mem"), Some(52));
+        assert_eq!(in_line(sockstat, "TCP6:", "tw"), None);
+    }
+}
