@@ -20,7 +20,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::cli::{self, Comm};
 use crate::event::{Cause, Close, ClosedBy, Event, Final, Process};
-use crate::preflight::{Refusal, exit, in_initial_pid_namespace, unescape};
+use crate::preflight::{Refusal, exit, in_initial_pid_namespace, mountinfo, unescape};
 use crate::snapshot;
 
 /// At most so many values of `--peer` and of `--local`: the programs' maps have room for one more.
@@ -443,7 +443,7 @@ struct Mounts {
 
 impl Mounts {
     fn read() -> Self {
-        Self::parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+        Self::parse(&mountinfo())
     }
 
     fn parse(mountinfo: &str) -> Self {

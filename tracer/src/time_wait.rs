@@ -123,7 +123,7 @@ impl SockDiag {
             NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
         match message.payload {
             NetlinkPayload::Done(_) => Ok(()),
-            NetlinkPayload::Error(error) => Err(error.to_io()),
+            NetlinkPayload::Error(error) => Err(refused(error.raw_code())),
             _ => Err(invalid("an unexpected message")),
         }
     }
@@ -330,6 +330,11 @@ pub(crate) fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
+/// What a negative errno in a reply says. (The crate's own conversion panics, or wraps, for the smallest number.)
+pub(crate) fn refused(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code.checked_neg().unwrap_or(i32::MAX))
+}
+
 /// Offset of `idiag_expires` in a reply: behind `struct nlmsghdr` and the first members of `struct inet_diag_msg`.
 pub(crate) const EXPIRES_AT: usize = 16 + 4 + 48;
 
@@ -355,7 +360,7 @@ fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
             }
             _ => Answer::Alive,
         }),
-        NetlinkPayload::Error(error) => match error.code.map(|code| -code.get()) {
+        NetlinkPayload::Error(error) => match error.code.map(|code| code.get().wrapping_neg()) {
             // No such socket; or one on the 4-tuple that has another cookie.
             Some(code)
                 if code == rustix::io::Errno::NOENT.raw_os_error()

@@ -1,8 +1,9 @@
-//! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs.
+//! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs; and
+//! whether each dependency has its reason in docs/dependencies.md.
 
 use anyhow::Result;
 
-use crate::{ebpf, workspace};
+use crate::{deny, ebpf, workspace};
 
 pub(crate) fn lint() -> Result<()> {
     workspace::succeed(workspace::cargo().args(["fmt", "--all", "--check"]))?;
@@ -19,5 +20,6 @@ pub(crate) fn lint() -> Result<()> {
     workspace::succeed(
         workspace::cargo().arg("clippy").args(manifest).arg("--target-dir").arg(target).args(["--", "-D", "warnings"]),
     )?;
+    deny::list()?;
     ebpf::clippy()
 }

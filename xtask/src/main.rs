@@ -2,6 +2,7 @@
 
 mod bench;
 mod cross;
+mod deny;
 mod ebpf;
 mod lint;
 mod network;
@@ -45,6 +46,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Licences, sources, duplicates and known weaknesses of all dependencies, by cargo-deny
+    Deny,
     /// Formatting and lints, for the host and for the kernel programs
     Lint,
     /// Compare tracer's answers with packet captures, `ss` and the truth, on real servers and clients; as root
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Command::Demo => run::run(vec!["--demo".into()]),
         Command::Ebpf { check: false } => ebpf::install(),
         Command::Ebpf { check: true } => ebpf::check(),
+        Command::Deny => deny::deny(),
         Command::Lint => lint::lint(),
         Command::Oracle { quick } => oracle::oracle(quick),
         Command::Test { filter } => test::test(filter.as_deref()),
