@@ -14,6 +14,7 @@ pub mod event;
 pub mod explain;
 pub mod filter;
 pub mod kernel;
+pub mod launcher;
 pub mod manual;
 pub mod offsets;
 pub mod preflight;
