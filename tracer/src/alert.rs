@@ -1,21 +1,13 @@
-//! What TIME_WAIT is, once a second, in; alerts out, and the command that shall run for them.
+//! What TIME_WAIT is, once a second, in; alerts out, and word of them to the process that runs a command.
 //!
 //! An alert is raised when its limit is reached, and cleared after ten seconds below four fifths of it: it does not flap.
-//! The command gets the summary on its stdin, from memory, so that it cannot hold tracer up; at most one runs at a time. It
-//! starts after tracer has given up its capabilities, and cannot gain any (`no_new_privs`).
+//! Nothing is started here: that is the [`launcher`](crate::launcher)'s.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Seek as _, Write as _};
-use std::os::fd::AsFd as _;
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use log::warn;
-use rustix::fs::{MemfdFlags, memfd_create};
-
 use crate::event::{AlertState, Metric};
+use crate::launcher::Launcher;
 
 /// An alert ends below this part of its limit,
 const CLEAR_BELOW: f64 = 0.8;
@@ -25,14 +17,14 @@ const CLEAR_AFTER: u32 = 10;
 const RATE_OVER: Duration = Duration::from_secs(10);
 
 /// What to watch, and what to do then.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Watch {
     /// Sockets in TIME_WAIT, in the network namespace of tracer.
     pub time_wait: Option<u64>,
     /// TIME_WAIT seen made, sockets a second.
     pub rate: Option<f64>,
-    /// Run by `sh -c` for each alert that is raised.
-    pub command: Option<String>,
+    /// Runs a command for each alert that is raised.
+    pub launcher: Option<Launcher>,
 }
 
 /// A change of an alert.
@@ -53,8 +45,7 @@ pub struct Change {
 pub struct Alerts {
     alarms: Vec<(Metric, Alarm)>,
     rate: Rate,
-    command: Option<String>,
-    running: Option<Child>,
+    launcher: Option<Launcher>,
 }
 
 impl Alerts {
@@ -64,13 +55,12 @@ impl Alerts {
         let time_wait = watch.time_wait.map(|limit| (Metric::TimeWait, Alarm::new(limit as f64)));
         let rate = watch.rate.map(|limit| (Metric::Rate, Alarm::new(limit)));
         let alarms = time_wait.into_iter().chain(rate).collect();
-        Self { alarms, rate: Rate::default(), command: watch.command, running: None }
+        Self { alarms, rate: Rate::default(), launcher: watch.launcher }
     }
 
     /// To be called about once a second. `sockets`: in TIME_WAIT now, if the kernel says; `made`: seen going there since the start.
     #[expect(clippy::cast_precision_loss, reason = "counts of sockets")]
     pub fn check(&mut self, now: Instant, sockets: Option<u64>, made: u64) -> Vec<Change> {
-        self.reap();
         self.rate.next(now, made);
         let rate = self.rate.per_second();
         self.alarms
@@ -93,49 +83,15 @@ impl Alerts {
 
     /// There is a command to run.
     pub const fn has_command(&self) -> bool {
-        self.command.is_some()
+        self.launcher.is_some()
     }
 
-    /// Runs the command with this on its stdin, unless it still runs for an earlier alert. What it prints goes to stderr:
-    /// stdout is for events.
+    /// Has the command run with this on its stdin.
     pub fn run(&mut self, summary: &[u8]) {
-        let Some(command) = &self.command else { return };
-        if self.running.is_some() {
-            warn!("--exec: the command still runs for an earlier alert, and is not started again");
-            return;
-        }
-        match start(command, summary) {
-            Ok(child) => self.running = Some(child),
-            Err(error) => warn!("--exec: the command could not be started: {error}"),
+        if let Some(launcher) = &mut self.launcher {
+            launcher.run(summary);
         }
     }
-
-    /// Takes note of its end.
-    fn reap(&mut self) {
-        let Some(child) = &mut self.running else { return };
-        match child.try_wait() {
-            Ok(None) => return,
-            Ok(Some(status)) if status.success() => {}
-            Ok(Some(status)) => warn!("--exec: the command failed: {status}"),
-            Err(error) => warn!("--exec: the command cannot be waited for: {error}"),
-        }
-        self.running = None;
-    }
-}
-
-fn start(command: &str, summary: &[u8]) -> io::Result<Child> {
-    let mut stdin = File::from(memfd_create("tracer-summary", MemfdFlags::CLOEXEC)?);
-    stdin.write_all(summary)?;
-    stdin.rewind()?;
-    let stderr = || io::stderr().as_fd().try_clone_to_owned().map(Stdio::from);
-    Command::new("/bin/sh")
-        .args(["-c", command])
-        .stdin(stdin)
-        .stdout(stderr()?)
-        .stderr(stderr()?)
-        // Ctrl-C is for tracer.
-        .process_group(0)
-        .spawn()
 }
 
 /// One limit, with hysteresis.
@@ -251,36 +207,5 @@ mod tests {
         // What came while nobody looked, for half a minute, is no outburst.
         alerts.check(at(49), None, 180);
         assert!((alerts.rate() - 3.0).abs() < 0.2, "{}", alerts.rate());
-    }
-
-    #[test]
-    fn a_command_that_does_not_read_holds_nothing_up() {
-        let command = Some("exec sleep 60".to_owned());
-        let mut alerts = Alerts::new(Watch { time_wait: Some(1), command, ..Watch::default() });
-        // More than any pipe holds.
-        alerts.run(&vec![b'x'; 4 << 20]);
-        let pid = alerts.running.as_ref().map(Child::id);
-        assert!(pid.is_some());
-        alerts.run(b"again");
-        assert_eq!(alerts.running.as_ref().map(Child::id), pid, "one at a time");
-        let mut child = alerts.running.take().expect("it runs");
-        child.kill().expect("it is our child");
-        child.wait().expect("it is our child");
-    }
-
-    #[test]
-    fn a_command_is_reaped_and_can_run_again() {
-        let mut alerts =
-            Alerts::new(Watch { time_wait: Some(1), command: Some("exit 0".to_owned()), ..Watch::default() });
-        alerts.run(b"{}");
-        let begun = std::time::Instant::now();
-        while alerts.running.is_some() {
-            assert!(begun.elapsed().as_secs() < 20, "it has ended long ago");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-            alerts.check(Instant::now(), None, 0);
-        }
-        alerts.run(b"{}");
-        assert!(alerts.running.is_some());
-        alerts.running.take().expect("it runs").wait().expect("it is our child");
     }
 }

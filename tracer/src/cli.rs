@@ -73,6 +73,7 @@ Exit codes:
 const REPORT: &str = "\
 Examples:
   tracer report today.rec                          what was printed
+  tracer report today.rec --summary-only           who closed most, why, and what to change
   tracer report today.rec --port 8080 --json       some of it, as JSON
   tracer report today.rec --html today.html        one page to attach to an incident
 
@@ -219,6 +220,12 @@ pub enum Command {
         #[arg(long)]
         no_sandbox: bool,
     },
+    /// The process that runs the command of `--exec`
+    #[command(hide = true)]
+    Launcher {
+        /// For `sh -c`
+        command: String,
+    },
     /// The server of `--demo`
     #[command(hide = true)]
     DemoServer,
@@ -268,8 +275,7 @@ pub struct Run {
     /// Alert when so many TIME_WAIT a second are seen made, over ten seconds; the filters hold
     #[arg(long, value_name = "RATE", group = "alert", value_parser = rate)]
     pub alert_rate: Option<f64>,
-    /// For each alert, run this with sh -c, with the summary as JSON on its stdin; one at a time. Implies --no-sandbox: the
-    /// command would be confined with tracer
+    /// For each alert, run this with sh -c, with the summary as JSON on its stdin; one at a time, without capabilities
     #[arg(long, value_name = "COMMAND", requires = "alert")]
     pub exec: Option<String>,
     /// Show the query string of targets, too; it may hold secrets
@@ -324,6 +330,9 @@ pub struct Report {
     /// Print JSON, one object a line
     #[arg(long)]
     pub json: bool,
+    /// No line for each connection: the summary, alerts and losses only
+    #[arg(long, conflicts_with = "html")]
+    pub summary_only: bool,
     /// Write one page to this file instead, which needs nothing beside it; only its owner can read it
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub html: Option<PathBuf>,
@@ -490,8 +499,13 @@ mod tests {
         let filter = args.on_record().expect("it can match");
         assert_eq!((filter.ports, filter.comms), (vec![80], vec!["a-very-long-nam".to_owned()]));
         assert_eq!(args.shown(), ["--port 80", "--comm a-very-long-nam"]);
-        let refused: [&[&str]; 4] =
-            [&[], &["a.rec", "b.rec"], &["a.rec", "--json", "--html", "b"], &["a.rec", "--overwrite"]];
+        let refused: [&[&str]; 5] = [
+            &[],
+            &["a.rec", "b.rec"],
+            &["a.rec", "--json", "--html", "b"],
+            &["a.rec", "--summary-only", "--html", "b"],
+            &["a.rec", "--overwrite"],
+        ];
         for args in refused {
             assert_eq!(parsed(args).expect_err("refused").exit_code(), 2, "{args:?}");
         }

@@ -386,6 +386,11 @@ pub enum Cause {
     Unknown,
 }
 
+impl Cause {
+    /// How many there are: the last one's place and one.
+    pub const COUNT: usize = Self::Unknown as usize + 1;
+}
+
 /// One closed TCP socket; as [`Event::CloseWait`] one that is still half open, and then `time` is now and `cause` is why
 /// the peer closed.
 #[derive(Clone, Debug, Serialize)]

@@ -159,6 +159,18 @@ impl Args {
         if let Some(group) = self.peer.iter().find(|peer| peer.network().is_multicast()) {
             return Err(usage(format!("--peer {group}: no TCP connection has a multicast group for its peer")));
         }
+        // None is ever without an address; who writes it may mean all.
+        for (option, networks) in [("peer", &self.peer), ("local", &self.local)] {
+            let all = |any: &IpNet| if is_ipv4(any) { "0.0.0.0/0" } else { "::/0" };
+            let nobody =
+                |network: &&IpNet| network.prefix_len() == network.max_prefix_len() && network.addr().is_unspecified();
+            if let Some(nobody) = networks.iter().find(nobody) {
+                return Err(usage(format!(
+                    "--{option} {nobody}: no connection has this address; {} is all of them",
+                    all(nobody)
+                )));
+            }
+        }
         let meet = |peer: &IpNet| self.local.iter().any(|local| is_ipv4(local) == is_ipv4(peer));
         if !self.peer.is_empty() && !self.local.is_empty() && !self.peer.iter().any(meet) {
             return Err(usage(

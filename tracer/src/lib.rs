@@ -17,6 +17,7 @@ pub mod event;
 pub mod explain;
 pub mod filter;
 pub mod kernel;
+pub mod launcher;
 pub mod ledger;
 pub mod manual;
 pub mod offsets;

@@ -11,7 +11,7 @@ use tracer::kernel::Ask;
 use tracer::preflight::Refusal;
 use tracer::reporter::Wanted;
 use tracer::sink::Sink;
-use tracer::{broker, demo, descendants, doctor, explain, manual, record, report, run, snapshot};
+use tracer::{broker, demo, descendants, doctor, explain, launcher, manual, record, report, run, snapshot};
 
 fn main() -> ExitCode {
     run::ignore_usr1();
@@ -46,6 +46,10 @@ fn start(cli: Cli) -> Result<()> {
             std::process::exit(code.into())
         }
         Command::Broker { no_sandbox } => broker::serve(!no_sandbox),
+        Command::Launcher { command } => {
+            log_to_stderr();
+            launcher::serve(&command)
+        }
         Command::DemoServer => Ok(demo::serve()?),
         Command::DemoClient { port } => Ok(demo::request_loop(port)?),
     }
@@ -86,14 +90,14 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
         },
         filter: filter.beyond_kernel(arguments.states),
         duration: arguments.duration,
-        // What it runs would be confined with it.
-        sandbox: !arguments.no_sandbox && arguments.exec.is_none(),
+        sandbox: !arguments.no_sandbox,
         strict: arguments.strict,
+        exec: arguments.exec,
         ends_children: arguments.demo,
         wanted: Wanted {
             every: arguments.every,
             summary_only: arguments.summary_only,
-            watch: Watch { time_wait: arguments.alert_time_wait, rate: arguments.alert_rate, command: arguments.exec },
+            watch: Watch { time_wait: arguments.alert_time_wait, rate: arguments.alert_rate, launcher: None },
         },
         sink,
         record: arguments.record.map(|path| record::Target { path, overwrite: arguments.overwrite }),
@@ -116,7 +120,8 @@ fn tell(arguments: cli::Report, color: ColorChoice) -> Result<()> {
         None if arguments.json => report::Output::Print(Sink::json()),
         None => report::Output::Print(Sink::text(styled(color))),
     };
-    report::report(report::Options { recording: arguments.recording, filter, filters, output })
+    let summary_only = arguments.summary_only;
+    report::report(report::Options { recording: arguments.recording, filter, filters, summary_only, output })
 }
 
 fn styled(color: ColorChoice) -> bool {

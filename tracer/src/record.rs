@@ -481,7 +481,8 @@ impl std::fmt::Display for Unreadable {
 impl std::error::Error for Unreadable {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Io(error) => Some(error),
+            // Its own words are among ours.
+            Self::Io(error) => error.source(),
             _ => None,
         }
     }

@@ -30,6 +30,8 @@ pub struct Options {
     pub filter: Filter,
     /// The same as on the command line, for the `start` event.
     pub filters: Vec<String>,
+    /// No line for each connection: the summary, alerts and losses only. A page has its own table.
+    pub summary_only: bool,
     /// As what.
     pub output: Output,
 }
@@ -66,7 +68,12 @@ pub fn report(options: Options) -> Result<()> {
     match options.output {
         Output::Print(mut sink) => {
             let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
-            let printed = replay(reader, &options.filter, &options.filters, |event| sink.event(event, &mut out));
+            let printed = replay(reader, &options.filter, &options.filters, |event| {
+                if options.summary_only && matches!(event, Event::Close(_) | Event::CloseWait(_) | Event::State(_)) {
+                    return Ok(());
+                }
+                sink.event(event, &mut out)
+            });
             match printed.and_then(|unreadable| out.flush().map(|()| unreadable)) {
                 Ok(unreadable) => whole(path, unreadable),
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -13,7 +13,7 @@ use crate::sink::summary::{About, Moment, Summarizer};
 use crate::sink::{Json, Sink};
 
 /// What else is wanted besides a line for each event.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Wanted {
     /// A summary every so often.
     pub every: Option<Duration>,

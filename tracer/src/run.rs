@@ -23,6 +23,7 @@ use crate::decode::decode;
 use crate::event::{Event, Ledger, Lost, Reconciled, Start};
 use crate::filter::Filter;
 use crate::kernel::{Ask, Attached, Counters, Kernel};
+use crate::launcher::Launcher;
 use crate::ledger::{self, Row, Tally, Witness};
 use crate::preflight::{self, Refusal};
 use crate::privileges;
@@ -51,6 +52,8 @@ pub struct Options {
     pub sandbox: bool,
     /// Whether it is a failure that closes were lost or not seen.
     pub strict: bool,
+    /// Run by `sh -c` for each alert that is raised, see [`crate::launcher`].
+    pub exec: Option<String>,
     /// Processes that were started will be ended here.
     pub ends_children: bool,
     /// How to print.
@@ -74,7 +77,7 @@ const LOSS_CHECK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// A [`Refusal`] before the start, or what failed while running.
-pub fn run(options: Options) -> Result<()> {
+pub fn run(mut options: Options) -> Result<()> {
     let host = preflight::check()?;
     for missing in &host.degraded {
         warn!("{missing}");
@@ -84,6 +87,7 @@ pub fn run(options: Options) -> Result<()> {
         Ok(_) => Some(Arc::new(Broker::start(options.sandbox)?)),
         Err(_) => None,
     };
+    options.wanted.watch.launcher = options.exec.as_deref().map(Launcher::start).transpose()?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
     runtime.block_on(trace(options, host, broker))

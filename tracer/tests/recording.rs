@@ -555,6 +555,37 @@ fn what_cannot_be_read_is_said() {
     let printed = report(&[&kept.path("none.rec")]);
     assert_eq!(printed.status.code(), Some(1));
     assert!(stderr(&printed).contains("No such file"), "{}", stderr(&printed));
+    let printed = report(&["/"]);
+    assert_eq!(stderr(&printed).matches("Is a directory").count(), 1, "{}", stderr(&printed));
+}
+
+/// What an incident needs first, without the lines that nobody reads.
+#[test]
+fn a_summary_can_be_had_alone() {
+    let kept = Kept::new();
+    let mut events = of_all_kinds();
+    events.retain(|event| !matches!(event, Event::Summary(_)));
+    let file = kept.put("a.rec", &record(&events));
+    let types = |args: &[&str]| {
+        let printed = report(&[&[file.as_str(), "--json"], args].concat());
+        assert_eq!(printed.status.code(), Some(0), "{}", stderr(&printed));
+        let of = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["type"].to_string();
+        let mut types: Vec<_> = stdout(&printed).lines().map(of).collect();
+        types.sort_unstable();
+        types.dedup();
+        types
+    };
+    assert_eq!(
+        types(&[]),
+        ["alert", "close", "close_wait", "lost", "start", "state", "summary"].map(|word| format!("\"{word}\""))
+    );
+    assert_eq!(types(&["--summary-only"]), ["alert", "lost", "start", "summary"].map(|word| format!("\"{word}\"")));
+    // The same summary.
+    let last = |args: &[&str]| {
+        let printed = report(&[&[file.as_str()], args].concat());
+        stdout(&printed).split_once(" closed in ").expect("a summary").1.to_owned()
+    };
+    assert_eq!(last(&[]), last(&["--summary-only"]));
 }
 
 #[test]

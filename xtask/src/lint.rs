@@ -11,8 +11,8 @@ pub(crate) fn lint() -> Result<()> {
         workspace::succeed(workspace::cargo().arg("clippy").args(targets).args(["--", "-D", "warnings"]))
     };
     clippy(&["--workspace", "--all-targets"])?;
-    // Not among all targets, as it needs root to run.
-    clippy(&["--package", "tracer", "--test", "kernel"])?;
+    // Not among all targets, as they need root, or a browser, to run.
+    clippy(&["--package", "tracer", "--test", "kernel", "--test", "browser"])?;
     // The fuzz targets: a workspace of their own, which a stable compiler checks but does not link.
     let manifest = ["--manifest-path", "tracer-ebpf/fuzz/Cargo.toml"];
     workspace::succeed(workspace::cargo().arg("fmt").args(manifest).arg("--check"))?;

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: all tests. First those that need no privileges, then those that watch real sockets as root.
+//! `cargo xtask test`: all tests. First those that need no privileges, then the page in a browser, then those that watch real
+//! sockets as root.
 
 use anyhow::Result;
 
@@ -21,18 +22,25 @@ const PROGRAMS: [Program; 12] = [
     ("ss", "iproute2"),
 ];
 
+/// What the page of a recording is looked at with.
+const BROWSER: [Program; 1] = [("chromium", "chromium")];
+
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
-    let plain = match filter {
-        Some(_) => Ok(()),
-        None => unprivileged(),
+    let (plain, page) = match filter {
+        Some(_) => (Ok(()), Ok(())),
+        None => (unprivileged(), workspace::install("the test of the page", &BROWSER).and_then(|()| browser())),
     };
     // A failure above does not keep the rest from being seen.
     let kernel = workspace::install("the kernel tests", &PROGRAMS).and_then(|()| kernel(filter));
-    plain.and(kernel)
+    plain.and(page).and(kernel)
 }
 
 fn unprivileged() -> Result<()> {
     workspace::succeed(workspace::cargo().args(["test", "--workspace", "--no-fail-fast"]))
+}
+
+fn browser() -> Result<()> {
+    workspace::succeed(workspace::cargo().args(["test", "--package", "tracer", "--test", "browser"]))
 }
 
 fn kernel(filter: Option<&str>) -> Result<()> {

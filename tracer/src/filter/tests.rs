@@ -84,7 +84,7 @@ fn networks() {
 
 #[test]
 fn what_can_match_nothing_is_refused() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["--final", "fin_wait2", "--closed-by", "remote"], "FIN_WAIT2"),
         (&["--final", "fin_wait2", "--closed-by", "remote", "--closed-by", "none"], "FIN_WAIT2"),
         (&["--final", "time_wait", "--closed-by", "none"], "FINs of both"),
@@ -96,6 +96,8 @@ fn what_can_match_nothing_is_refused() {
         (&["--cause", "idle_timeout", "--cause", "no_reuse", "--closed-by", "none"], "idle_timeout"),
         (&["--peer", "10.0.0.0/8", "--local", "::1"], "family"),
         (&["--peer", "ff02::1"], "multicast"),
+        (&["--peer", "127.0.0.1", "--peer", "0.0.0.0"], "0.0.0.0/0 is all"),
+        (&["--local", "::"], "::/0 is all"),
         (&["--netns", "no-such-name"], "/run/netns/no-such-name"),
         (&["--netns", "/proc/self/ns/mnt"], "no network namespace"),
         (&["--netns", "/dev/null"], "no network namespace"),

@@ -10,6 +10,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::fmt::{self, Display, Write as _};
 use std::hash::Hash;
 
+use clap::ValueEnum as _;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -45,28 +46,8 @@ const COLUMNS: usize = 80;
 /// Causes with a colour of their own; the others share the last one.
 const COLOURS: usize = 7;
 
-/// In the order of their discriminants.
-const CAUSES: [Cause; 17] = [
-    Cause::Timeout,
-    Cause::ResetByPeer,
-    Cause::ResetByLocal,
-    Cause::ProcessExit,
-    Cause::Unused,
-    Cause::Tls,
-    Cause::Upgraded,
-    Cause::H2,
-    Cause::NotHttp,
-    Cause::Unanswered,
-    Cause::Truncated,
-    Cause::RequestClose,
-    Cause::ResponseClose,
-    Cause::Http10,
-    Cause::IdleTimeout,
-    Cause::NoReuse,
-    Cause::Unknown,
-];
-
-type ByCause = [u64; CAUSES.len()];
+/// Something for each cause, by its discriminant.
+type ByCause = [u64; Cause::COUNT];
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -108,10 +89,8 @@ impl Tally {
     }
 
     fn merge(&mut self, other: &Self) {
-        for at in 0..CAUSES.len() {
-            self.closes[at] += other.closes[at];
-            self.time_wait[at] += other.time_wait[at];
-        }
+        add(&mut self.closes, &other.closes);
+        add(&mut self.time_wait, &other.time_wait);
     }
 }
 
@@ -302,6 +281,15 @@ fn sum(by_cause: &ByCause) -> u64 {
     by_cause.iter().sum()
 }
 
+fn add(to: &mut ByCause, more: &ByCause) {
+    to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
+}
+
+/// The cause that has this place.
+fn cause_at(at: usize) -> Cause {
+    Cause::value_variants()[at]
+}
+
 /// What a cause means, and what there is to be done about it: the README's table.
 const fn meaning(cause: Cause) -> (&'static str, &'static str) {
     match cause {
@@ -483,7 +471,8 @@ impl Page {
         self.head(out, host, summary)?;
         self.notes(out, summary, trouble)?;
         self.tiles(out, summary)?;
-        self.advice(out, summary)?;
+        advice(out, summary)?;
+        self.causes(out, summary)?;
         self.charts(out)?;
         let Self { processes, peers, slowest, longest, stuck, rows, shown, .. } = self;
         out.push_str("<div class=two>\n<section>\n<h2>Top processes</h2>\n");
@@ -513,7 +502,7 @@ impl Page {
             writeln!(
                 out,
                 "<p class=dim>The first {} of {}; all are in the figures above. For the others: <code>tracer report</code> \
-                 with <code>--port</code>, <code>--pid</code> or <code>--comm</code>.</p>",
+                 with a filter, such as <code>--cause</code>, <code>--peer</code> or <code>--comm</code>.</p>",
                 Number(shown as u64),
                 Number(summary.closes),
             )?;
@@ -613,19 +602,19 @@ impl Page {
         Ok(())
     }
 
-    /// One line for each cause, with what there is to be done, and by whom.
-    fn advice(&self, out: &mut String, summary: &Summary) -> fmt::Result {
+    /// One line for each cause, with what there is to be done.
+    fn causes(&self, out: &mut String, summary: &Summary) -> fmt::Result {
         let ranks = ranks(&self.total);
         if ranks.is_empty() {
             out.push_str("<p>No connection closed.</p>\n");
             return Ok(());
         }
         out.push_str(
-            "<h2>Why they closed, and what to do</h2>\n<div class=wide><table><tr><th>Cause<th class=n>Closes\
+            "<h2>Why they closed</h2>\n<div class=wide><table><tr><th>Cause<th class=n>Closes\
              <th class=n>TIME_WAIT<th>It means<th>What to do<th>Largest group\n",
         );
         for (rank, at) in ranks.iter().enumerate() {
-            let cause = CAUSES[*at];
+            let cause = cause_at(*at);
             let (means, to_do) = meaning(cause);
             write!(
                 out,
@@ -651,13 +640,6 @@ impl Page {
             out.push('\n');
         }
         out.push_str("</table></div>\n");
-        if !summary.advice.is_empty() {
-            out.push_str("<h2>Who can change what</h2>\n<ul>\n");
-            for advice in &summary.advice {
-                writeln!(out, "<li>{}", Long(&advice.text))?;
-            }
-            out.push_str("</ul>\n");
-        }
         Ok(())
     }
 
@@ -666,7 +648,7 @@ impl Page {
         let Some(begin) = self.timeline.begin.filter(|_| !ranks.is_empty()) else { return Ok(()) };
         out.push_str("<h2>Over time</h2>\n<p class=legend>");
         for (rank, at) in ranks.iter().take(COLOURS).enumerate() {
-            write!(out, "<span>{}{}</span>", Key(rank), cause_word(CAUSES[*at]))?;
+            write!(out, "<span>{}{}</span>", Key(rank), cause_word(cause_at(*at)))?;
         }
         if ranks.len() > COLOURS {
             write!(out, "<span>{}other</span>", Key(COLOURS))?;
@@ -683,9 +665,22 @@ impl Page {
     }
 }
 
-/// The causes that there are, by their place in [`CAUSES`], most closes first.
+/// Who can change what: it is read first.
+fn advice(out: &mut String, summary: &Summary) -> fmt::Result {
+    if summary.advice.is_empty() {
+        return Ok(());
+    }
+    out.push_str("<h2>Who can change what</h2>\n<ul class=advice>\n");
+    for advice in &summary.advice {
+        writeln!(out, "<li>{}", Long(&advice.text))?;
+    }
+    out.push_str("</ul>\n");
+    Ok(())
+}
+
+/// The places of the causes that there are, most closes first.
 fn ranks(total: &Tally) -> Vec<usize> {
-    let mut ranks: Vec<usize> = (0..CAUSES.len()).filter(|at| total.closes[*at] > 0).collect();
+    let mut ranks: Vec<usize> = (0..Cause::COUNT).filter(|at| total.closes[*at] > 0).collect();
     ranks.sort_by_key(|at| (Reverse(total.closes[*at]), *at));
     ranks
 }
@@ -755,7 +750,7 @@ impl Chart<'_> {
         let scale = high as f64 / most as f64;
         write!(out, "<g><title>{} to {}: {}", self.clock(at), self.clock(at + 1), Number(sum(bucket)))?;
         for cause in self.ranks.iter().filter(|cause| bucket[**cause] > 0) {
-            write!(out, "\n{} {}", Number(bucket[*cause]), cause_word(CAUSES[*cause]))?;
+            write!(out, "\n{} {}", Number(bucket[*cause]), cause_word(cause_at(*cause)))?;
         }
         out.push_str("</title>");
         let mut below = 0;
@@ -871,7 +866,7 @@ fn counted<K: Eq + Hash + Ord>(
     for (key, tally) in largest {
         out.push_str("<tr><td>");
         show(out, key)?;
-        let most = ranks(tally).first().map_or("", |at| cause_word(CAUSES[*at]));
+        let most = ranks(tally).first().map_or("", |at| cause_word(cause_at(*at)));
         let (closes, time_wait) = (Number(sum(&tally.closes)), Number(sum(&tally.time_wait)));
         writeln!(out, "<td class=n>{closes}<td class=n>{time_wait}<td>{most}")?;
     }
@@ -880,4 +875,17 @@ fn counted<K: Eq + Hash + Ord>(
     }
     out.push_str("</table>\n");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_has_its_place() {
+        assert_eq!(Cause::value_variants().len(), Cause::COUNT);
+        for (at, cause) in Cause::value_variants().iter().enumerate() {
+            assert_eq!((*cause as usize, cause_at(at)), (at, *cause));
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::rig::{
-    Guard, Listener, Namespace, PATIENCE, Tracer, expect, free_port, get, ok, port_of, run, tracer, wait_until,
+    Guard, Listener, Namespace, PATIENCE, Tracer, comm_of, expect, free_port, get, ok, port_of, run, tracer, wait_until,
 };
 use crate::script::Script;
 use crate::servers::{self, Server};
@@ -324,14 +325,18 @@ fn mask(status: &str, name: &str) -> u64 {
     u64::from_str_radix(line.trim_start_matches(':').trim(), 16).expect("a mask")
 }
 
-/// The processes that any thread of tracer has started and not yet reaped, but for the broker.
-fn children(tracer: &Tracer) -> Vec<String> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", tracer.pid())).expect("it runs");
+/// The processes that any thread of a process has started and not yet reaped.
+fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
     let children: String =
         tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok()).collect();
-    let is_broker =
-        |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.contains("broker"));
-    children.split_whitespace().filter(|pid| !is_broker(pid)).map(str::to_owned).collect()
+    children.split_whitespace().map(|pid| pid.parse().expect("a process id")).collect()
+}
+
+/// The process that runs the command of `--exec`.
+fn launcher_of(tracer: &Tracer) -> u32 {
+    let mut children = children(tracer.pid()).into_iter();
+    children.find(|pid| comm_of(*pid) == "tracer-launcher").expect("it is a child")
 }
 
 #[test]
@@ -373,12 +378,18 @@ fn an_alert_runs_its_command_once() {
     assert_eq!(mask(&its, "CapPrm") & !mask(&ours, "CapPrm"), 0, "{its}");
     assert_eq!(mask(&its, "CapEff") & !mask(&ours, "CapPrm"), 0, "{its}");
     assert_eq!(mask(&its, "NoNewPrivs"), 1, "{its}");
-    wait_until("the command to be reaped", || children(&tracer).is_empty());
+    // It is not confined, tracer is, and who started it cannot do more either.
+    assert_eq!((mask(&its, "Seccomp"), mask(&ours, "Seccomp")), (0, 2), "{its}");
+    let launcher = launcher_of(&tracer);
+    let status = fs::read_to_string(format!("/proc/{launcher}/status")).expect("it runs");
+    assert_eq!((mask(&status, "CapPrm"), mask(&status, "CapBnd"), mask(&status, "NoNewPrivs")), (0, 0, 1), "{status}");
+    wait_until("the command to be reaped", || children(launcher).is_empty());
 
     // It stays as it is: neither another alert nor another run.
     namespace.enter(|| (0..10).for_each(|_| traffic(&listener)));
     std::thread::sleep(Duration::from_millis(2_500));
     let run = tracer.stop();
+    wait_until("the launcher to go", || !Path::new(&format!("/proc/{launcher}")).exists());
     assert_eq!(run.events.iter().filter(is_alert).count(), 1);
     assert_eq!(fs::read_to_string(path("runs")).expect("it is there"), "once\n");
     assert!(run.events.iter().all(|event| event["type"].is_string()), "what it prints is not in the output");
