@@ -10,6 +10,7 @@ mod close_wait;
 mod degraded;
 mod doctor;
 mod endings;
+mod faults;
 mod filters;
 mod fin_wait2;
 mod heads;
