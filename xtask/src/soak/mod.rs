@@ -411,7 +411,7 @@ mod tests {
 
     #[test]
     fn a_warm_up_is_a_quarter_and_five_minutes_at_most() {
-        let minutes = |minutes| Duration::from_secs(60 * minutes);
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
         assert_eq!([2, 20, 60].map(|whole| warm_up(minutes(whole)).as_secs()), [30, 300, 300]);
     }
 
