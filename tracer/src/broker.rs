@@ -29,7 +29,7 @@ use crate::decode::Task;
 use crate::event::Source;
 use crate::process::{self, Read};
 use crate::sandbox::{self, Part};
-use crate::{privileges, time_wait};
+use crate::{privileges, time_namespace, time_wait};
 
 /// Name of the hidden subcommand that runs [`serve`].
 pub const BROKER: &str = "broker";
@@ -244,6 +244,8 @@ pub fn serve(confined: bool) -> Result<()> {
     let _ = rustix::process::setpriority_process(None, -10);
     privileges::keep_for_broker()?;
     let own = time_wait::own_namespace()?;
+    // Asked again with each process that is looked up.
+    time_namespace::shifts();
     if confined {
         sandbox::confine(Part::Broker)?;
     }

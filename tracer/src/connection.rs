@@ -12,6 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use crate::decode::{Blind, Fact, Socket, Task};
 use crate::event::{Cause, Close, ClosedBy, Event, Final, FinalSource, How, Process, Source, State, StateAt, TcpState};
 use crate::process::Processes;
+use crate::time_namespace;
 use crate::time_wait::{Answer, Question, SockDiag};
 use crate::verdict::{self, Ending, Fate};
 
@@ -366,10 +367,11 @@ impl Connections {
     }
 }
 
-/// Now, in the clock of the facts.
+/// Now, in the clock of the facts: the host's, whatever time namespace this process is in.
 pub(crate) fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+    let own = u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0);
+    own.saturating_add_signed(time_namespace::shifts().monotonic_ns.saturating_neg())
 }
 
 /// Who has ended the connection so far.
@@ -453,6 +455,33 @@ mod tests {
         let clock = Clock::new(now, 100_000_000_005);
         assert_eq!(clock.date(100_000_000_005), now);
         assert_eq!(clock.date(0).to_string(), "2026-01-02T03:02:25.000000001Z");
+    }
+
+    /// Whoever sets the clock: what comes from then on has the new time, and how far apart two moments were is not changed.
+    #[test]
+    fn a_clock_that_is_set_moves_dates_and_nothing_else() {
+        let date = |text: &str| text.parse::<Timestamp>().expect("a date");
+        let before = Clock::new(date("2026-01-02T03:04:05Z"), 100_000_000_000);
+        for set_to in ["2026-01-02T04:04:05Z", "2026-01-01T03:04:05Z", "1970-01-01T00:00:00Z", "2199-12-31T23:59:59Z"] {
+            let after = Clock::new(date(set_to), 100_000_000_000);
+            assert_eq!(after.date(100_000_000_000), date(set_to));
+            for clock in [before, after] {
+                let (early, late) = (clock.date(99_000_000_000), clock.date(99_250_000_000));
+                assert_eq!(late.duration_since(early), SignedDuration::from_millis(250), "{set_to}");
+            }
+        }
+    }
+
+    /// `CLOCK_MONOTONIC` stands still while the host sleeps, the date does not: the next look at both clocks knows.
+    #[test]
+    fn after_a_suspend_the_date_is_right_again() {
+        let date = |text: &str| text.parse::<Timestamp>().expect("a date");
+        let asleep = Clock::new(date("2026-01-02T03:00:00Z"), 100_000_000_000);
+        let awake = Clock::new(date("2026-01-02T11:00:01Z"), 101_000_000_000);
+        assert_eq!(asleep.date(99_000_000_000), date("2026-01-02T02:59:59Z"));
+        assert_eq!(awake.date(101_000_000_000), date("2026-01-02T11:00:01Z"));
+        // Durations are of `CLOCK_MONOTONIC`: the night is not in them.
+        assert_eq!(micros_between(99_000_000_000, 101_000_000_000), 2_000_000);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 
 use crate::process;
+use crate::time_namespace::host_ticks;
 
 /// A process id and a start time in clock ticks since boot (`/proc/<pid>/stat`, field 22).
 pub type Named = (u32, u64);
@@ -59,7 +60,7 @@ fn closure(processes: &HashMap<u32, Stat>, pids: &[u32]) -> Result<Vec<Named>, u
         if let Some(stat) = processes.get(&pid)
             && seen.insert(pid)
         {
-            found.push((pid, stat.start));
+            found.push((pid, host_ticks(stat.start)));
             next.extend(children.get(&pid).into_iter().flatten());
         }
     }

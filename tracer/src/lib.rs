@@ -32,5 +32,6 @@ pub mod run;
 pub mod sandbox;
 pub mod sink;
 pub mod snapshot;
+mod time_namespace;
 pub mod time_wait;
 pub mod verdict;

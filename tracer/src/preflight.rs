@@ -149,8 +149,10 @@ pub(crate) fn processes() -> Result<(), String> {
                     connection whose peer has not closed its end are unknown; mount -t proc proc /proc"
             .to_owned());
     }
-    // `hidepid` shows other users' processes to nobody but `CAP_SYS_PTRACE` and a group.
-    if fs::read("/proc/1/stat").is_err() {
+    // `hidepid` shows other users' processes to nobody but `CAP_SYS_PTRACE` and a group. A security module may keep the first
+    // process even from those; the second is the kernel's, on the host.
+    let seen = |pid: u32| fs::read(format!("/proc/{pid}/stat")).is_ok();
+    if !(seen(1) || in_initial_pid_namespace() && seen(2)) {
         return Err(
             "/proc hides processes of other users (hidepid): their exe, cgroup and container are unknown, and \
                     --pid does not find them; run tracer as root, or mount -o remount,hidepid=0 /proc"

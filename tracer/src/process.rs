@@ -17,11 +17,11 @@ use lru::LruCache;
 use rustix::fs::{CWD, Mode, OFlags, openat, readlinkat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use tracer_ebpf::TICK_NS;
 
 use crate::broker::Broker;
 use crate::decode::Task;
 use crate::event::Process;
+use crate::time_namespace::seen_ticks;
 
 const PROC: &str = "/proc";
 /// Processes that are kept.
@@ -86,7 +86,7 @@ impl Processes {
     /// them for a moment, and if it is closed in that moment, its end is ours to make.
     pub fn is_own(&self, task: &Task) -> bool {
         let (pid, start) = self.own;
-        pid == task.pid && start.is_none_or(|start| start == task.start_ns / TICK_NS)
+        pid == task.pid && start.is_none_or(|start| start == seen_ticks(task.start_ns))
     }
 
     /// Describes a process. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
@@ -201,7 +201,7 @@ fn identity(directory: BorrowedFd<'_>, task: &Task) -> rustix::io::Result<Option
     /// `include/linux/sched.h`
     const PF_EXITING: u32 = 0x4;
     let stat = read_file(directory, "stat")?;
-    Ok((start_ticks(&stat) == Some(task.start_ns / TICK_NS)).then(|| Identity {
+    Ok((start_ticks(&stat) == Some(seen_ticks(task.start_ns))).then(|| Identity {
         has_its_name: stat_comm(&stat) == Some(until_nul(&task.comm)),
         exits: stat_field::<u32>(&stat, 9).is_none_or(|flags| flags & PF_EXITING != 0),
     }))
@@ -298,6 +298,8 @@ fn text(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use tracer_ebpf::TICK_NS;
 
     use super::*;
     use crate::event::Source;
@@ -464,6 +466,28 @@ mod tests {
         fs::write(&cgroup, "0::/now\n").expect("cgroup");
         assert_eq!(processes.describe(&task(8, 500, "b")).cgroup.as_deref(), Some("/now"));
         assert_eq!(processes.cache.len(), 2);
+    }
+
+    /// As many as a host may have whose `kernel.pid_max` is 65,536.
+    #[test]
+    fn of_65_535_processes_the_latest_are_kept() {
+        const PROCESSES: u32 = 65_535;
+        let fake = Fake::new();
+        fake.start(1, 500, "/sbin/init");
+        fake.start(PROCESSES, 500, "/bin/last");
+        let mut processes = fake.processes();
+        for pid in 1..=PROCESSES {
+            let name = if pid == 1 { "init" } else { "last" };
+            let exe = processes.describe(&task(pid, 500, name)).exe;
+            assert_eq!(exe.is_some(), pid == 1 || pid == PROCESSES, "{pid}");
+            assert!(processes.cache.len() <= CACHED.get(), "after {pid}");
+        }
+        assert_eq!(processes.cache.len(), CACHED.get());
+        // One that was dropped is looked up anew, and one that was kept is known after its end.
+        fake.end(1);
+        fake.end(PROCESSES);
+        assert_eq!(processes.describe(&task(1, 500, "init")).exe, None);
+        assert_eq!(processes.describe(&task(PROCESSES, 500, "last")).exe.as_deref(), Some("/bin/last"));
     }
 
     #[test]

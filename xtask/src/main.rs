@@ -8,6 +8,7 @@ mod lint;
 mod network;
 mod oracle;
 mod run;
+mod soak;
 mod test;
 mod vm;
 mod workspace;
@@ -56,6 +57,8 @@ enum Command {
         #[arg(long)]
         quick: bool,
     },
+    /// A mixed load for a long time: does tracer grow, or lose anything? As root
+    Soak(soak::Options),
     /// All tests; those with a real kernel run as root (through sudo if needed)
     Test {
         /// Only kernel tests whose name contains this; none of the others
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Deny => deny::deny(),
         Command::Lint => lint::lint(),
         Command::Oracle { quick } => oracle::oracle(quick),
+        Command::Soak(options) => soak::soak(&options),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Vm { kernel, quick, filters } => vm::vm(&kernel, quick, &filters),
     };

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use crate::rig::{Listener, Tracer, get, ok, wait_until};
 
 /// Programs, maps and links that a process holds, as `bpftool` names them.
-fn held_by(pid: u32) -> BTreeSet<(&'static str, u32)> {
+pub(crate) fn held_by(pid: u32) -> BTreeSet<(&'static str, u32)> {
     let mut held = BTreeSet::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).expect("it runs").flatten() {
         let Ok(info) = fs::read_to_string(entry.path()) else {
@@ -23,13 +23,13 @@ fn held_by(pid: u32) -> BTreeSet<(&'static str, u32)> {
     held
 }
 
-fn exists((kind, id): (&str, u32)) -> bool {
+pub(crate) fn exists((kind, id): (&str, u32)) -> bool {
     let output = Command::new("bpftool").args([kind, "show", "id", &id.to_string()]).output().expect("bpftool runs");
     output.status.success()
 }
 
 /// What tracer could mount.
-fn mounts() -> BTreeSet<String> {
+pub(crate) fn mounts() -> BTreeSet<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").expect("it can be read");
     mounts.lines().filter(|line| line.contains("cgroup2") || line.contains("bpf")).map(str::to_owned).collect()
 }

@@ -11,6 +11,7 @@ mod degraded;
 mod doctor;
 mod endings;
 mod features;
+mod faults;
 mod filters;
 mod fin_wait2;
 mod heads;

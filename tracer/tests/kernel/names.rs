@@ -191,7 +191,7 @@ fn the_same_port_in_two_namespaces() {
 }
 
 /// Stops a process, so that nothing is looked up before it is told to go on.
-fn stopped(tracer: &Tracer) {
+pub(crate) fn stopped(tracer: &Tracer) {
     tracer.signal(Signal::STOP);
     let state = || fs::read_to_string(format!("/proc/{}/stat", tracer.pid())).expect("it runs");
     wait_until("tracer to stop", || state().rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T')));

@@ -30,7 +30,7 @@ fn threads(pid: u32) -> Vec<(String, Value)> {
 }
 
 /// The process that looks into `/proc` for a tracer.
-fn broker_of(tracer: &Tracer) -> u32 {
+pub(crate) fn broker_of(tracer: &Tracer) -> u32 {
     let pid = tracer.pid();
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("it runs");
     children.trim().parse().expect("one child")
@@ -64,7 +64,7 @@ fn every_thread_has_given_up_what_it_does_not_need() {
 }
 
 /// Nobody, with these capabilities and no others: `setpriv` and a copy of the binary that nobody can reach.
-fn nobody_with(capabilities: &str, directory: &Path) -> Command {
+pub(crate) fn nobody_with(capabilities: &str, directory: &Path) -> Command {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.join("tracer");
     fs::copy(tracer().get_program(), &binary).expect("it can be copied");
@@ -79,7 +79,7 @@ fn nobody_with(capabilities: &str, directory: &Path) -> Command {
 
 /// Whatever is harder to know: the executable and the container of another user's process that connects, and what is left of
 /// a half-closed connection in another network namespace.
-fn names_everything(of: &str, command: Command) {
+pub(crate) fn names_everything(of: &str, command: Command) {
     let id = format!("{:064x}", u128::from(std::process::id()) << 64 | u128::from(of.len() as u64) << 32 | 0xfeed);
     let cgroup = Cgroup::new(&format!("docker-{id}.scope"));
     let procs = cgroup.0.join("cgroup.procs").display().to_string();
@@ -123,10 +123,8 @@ fn confined_it_names_as_much() {
     names_everything("confined", tracer());
 }
 
-#[test]
-fn five_capabilities_are_enough() {
-    let directory = tempfile::tempdir().expect("a directory");
-    // As the unit has it.
+/// The capabilities that the unit gives, as `setpriv` wants them.
+pub(crate) fn unit_capabilities() -> String {
     let unit = include_str!("../../../packaging/tracer.service");
     let given = |name| unit.lines().find_map(|line| line.strip_prefix(name)).expect("the unit names them");
     let capabilities = given("AmbientCapabilities=");
@@ -134,7 +132,13 @@ fn five_capabilities_are_enough() {
     let words = capabilities.split(' ').map(|word| word.trim_start_matches("CAP_").to_lowercase());
     let capabilities = words.map(|word| format!("+{word}")).collect::<Vec<_>>().join(",");
     assert_eq!(capabilities.matches('+').count(), 5, "{capabilities}");
-    names_everything("five", nobody_with(&capabilities, directory.path()));
+    capabilities
+}
+
+#[test]
+fn five_capabilities_are_enough() {
+    let directory = tempfile::tempdir().expect("a directory");
+    names_everything("five", nobody_with(&unit_capabilities(), directory.path()));
 }
 
 #[test]

@@ -79,7 +79,8 @@ pub(crate) fn program_name(id: u32) -> Option<String> {
     Some(value["name"].as_str()?.to_owned())
 }
 
-fn number(text: &str, name: &str) -> Option<u64> {
+/// The number behind a name, as in `VmRSS:  1234 kB`.
+pub(crate) fn number(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
 }
@@ -97,6 +98,7 @@ fn cpu_ns(pid: u32) -> Result<u64> {
 /// Kernel memory that the maps of a process take.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Maps {
+    pub(crate) count: usize,
     /// Socket storage is not in it: that grows with each socket.
     pub(crate) bytes: u64,
     /// Of the value that each socket gets.
@@ -116,7 +118,7 @@ impl Maps {
                 }
             }
         }
-        Ok(Self { bytes: maps.values().sum(), socket_value })
+        Ok(Self { count: maps.len(), bytes: maps.values().sum(), socket_value })
     }
 }
 

@@ -8,7 +8,7 @@
 mod contender;
 mod floor;
 mod load;
-mod measure;
+pub(crate) mod measure;
 mod parts;
 mod report;
 

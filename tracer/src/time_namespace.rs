@@ -1,0 +1,80 @@
+//! How far the clocks of this process are from the host's: a time namespace shifts `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME`.
+//!
+//! The kernel programs know the host's clocks only; this process sees those of its namespace, and so does `/proc`, when it
+//! tells when a process started. What comes in: `/proc/self/timens_offsets`. What goes out: two shifts, read once and before
+//! this process confines itself. A namespace's shifts never change once a process is in it. Nothing here fails: a kernel
+//! without time namespaces has no shifts.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::OnceLock;
+
+use tracer_ebpf::TICK_NS;
+
+/// Nanoseconds that this process's clocks are ahead of the host's; negative: behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Shifts {
+    /// Of `CLOCK_MONOTONIC`.
+    pub(crate) monotonic_ns: i64,
+    /// Of `CLOCK_BOOTTIME`.
+    pub(crate) boottime_ns: i64,
+}
+
+/// The shifts of this process.
+pub(crate) fn shifts() -> Shifts {
+    static SHIFTS: OnceLock<Shifts> = OnceLock::new();
+    *SHIFTS.get_or_init(|| of_this_namespace().map(|text| parse(&text)).unwrap_or_default())
+}
+
+/// `/proc/self/timens_offsets`, if this process is in the namespace that it is about: that of children to come. `None` in the
+/// host's (`PROC_TIME_INIT_INO`, `include/linux/proc_ns.h`).
+fn of_this_namespace() -> Option<String> {
+    const HOST: u64 = 0xEFFF_FFFA;
+    let inode = |name: &str| Some(fs::metadata(format!("/proc/self/ns/{name}")).ok()?.ino());
+    let own = inode("time")?;
+    if own == HOST || inode("time_for_children") != Some(own) {
+        return None;
+    }
+    fs::read_to_string("/proc/self/timens_offsets").ok()
+}
+
+/// A start that the kernel told, in nanoseconds since boot, as this process's `/proc/<pid>/stat` shows it: clock ticks.
+pub(crate) fn seen_ticks(start_ns: u64) -> u64 {
+    start_ns.saturating_add_signed(shifts().boottime_ns) / TICK_NS
+}
+
+/// The other way round. Exact where the shift is a whole number of ticks, as it is where nobody set fractions of a second.
+pub(crate) fn host_ticks(seen: u64) -> u64 {
+    let ticks = shifts().boottime_ns / i64::try_from(TICK_NS).unwrap_or(i64::MAX);
+    seen.saturating_add_signed(ticks.saturating_neg())
+}
+
+/// Lines such as `monotonic      -86400      500000000`: seconds, nanoseconds (which count up).
+fn parse(text: &str) -> Shifts {
+    let shift = |clock: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(clock))?;
+        let mut numbers = line.split_whitespace().map(str::parse::<i64>);
+        let (seconds, ns) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+        seconds.checked_mul(1_000_000_000)?.checked_add(ns)
+    };
+    Shifts { monotonic_ns: shift("monotonic").unwrap_or(0), boottime_ns: shift("boottime").unwrap_or(0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shifts_of_either_sign() {
+        let text = "monotonic      100000         5\nboottime           -2 500000000\n";
+        assert_eq!(parse(text), Shifts { monotonic_ns: 100_000_000_000_005, boottime_ns: -1_500_000_000 });
+        assert_eq!(parse("monotonic           0         0\nboottime            0         0\n"), Shifts::default());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_shift() {
+        for text in ["", "monotonic\n", "monotonic x 0\n", "monotonic 9223372036854775807 0\n"] {
+            assert_eq!(parse(text), Shifts::default(), "{text:?}");
+        }
+    }
+}

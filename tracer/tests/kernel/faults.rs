@@ -1,0 +1,537 @@
+//! What goes wrong around tracer: it is killed, nobody reads it, disks are full, mounts are missing, namespaces vanish, processes
+//! come and go by the thousand. `docs/faults.md` says what is expected of each; other tests that it names are elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{ChildStdout, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::leftovers::{exists, held_by, mounts};
+use crate::names::stopped;
+use crate::privileges::{broker_of, names_everything, nobody_with, unit_capabilities};
+use crate::rig::{
+    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_socket, ok, port_of, run, tracer, wait_until,
+};
+use crate::script::Script;
+
+/// Some connections, one after another, each closed by the server first.
+fn traffic(listener: &Listener, count: usize) -> Vec<(u16, u16)> {
+    let one = |_| {
+        let mut pair = listener.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        pair.server_closes_first()
+    };
+    (0..count).map(one).collect()
+}
+
+/// `tracer run --json` on one port, whose output nobody collects.
+fn tracer_on(listener: &Listener) -> Command {
+    let mut command = tracer();
+    command.args(["run", "--json", "--port", &listener.port.to_string()]);
+    command
+}
+
+/// The same command in a mount namespace of its own, after `script`.
+fn in_mounts_where(script: &str, command: &Command) -> Command {
+    let mut inside = Command::new("unshare");
+    inside.args(["--mount", "--propagation", "private", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh"]);
+    inside.arg(command.get_program()).args(command.get_args());
+    inside
+}
+
+fn state_of(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|child| child.parse().ok()).collect()
+}
+
+/// What a process holds, by kind; nothing if it has ended.
+fn kinds_of(pid: u32) -> BTreeSet<&'static str> {
+    if fs::read_dir(format!("/proc/{pid}/fdinfo")).is_err() {
+        return BTreeSet::new();
+    }
+    held_by(pid).into_iter().map(|(kind, _)| kind).collect()
+}
+
+/// Stops a process as it is, kills it, and waits until all is gone that it held, with its children.
+fn killed_it_leaves_nothing(process: &mut Guard) {
+    let pid = process.id();
+    process.signal(Signal::STOP);
+    wait_until("it to stop or to end", || matches!(state_of(pid), None | Some('T' | 'Z')));
+    let (held, children) = (held_by(pid), children_of(pid));
+    process.signal(Signal::KILL);
+    process.wait();
+    wait_until("programs, maps and links to go", || !held.iter().any(|of| exists(*of)));
+    // Whose children they were, an init that collects nobody.
+    wait_until("the broker to go", || children.iter().all(|pid| matches!(state_of(*pid), None | Some('Z'))));
+}
+
+#[test]
+fn sigkill_at_any_moment_of_the_start() {
+    let before = mounts();
+    // In the order in which they come: the broker, the first map, the first program, the first link.
+    let moments: [(&str, fn(u32) -> bool); 4] = [
+        ("the broker", |pid| !children_of(pid).is_empty()),
+        ("a map", |pid| kinds_of(pid).contains("map")),
+        ("a program", |pid| kinds_of(pid).contains("prog")),
+        ("a link", |pid| kinds_of(pid).contains("link")),
+    ];
+    let listener = Listener::new();
+    let mut seen = Vec::new();
+    for (what, reached) in moments {
+        let mut process = Guard(tracer_on(&listener).stdout(Stdio::null()).spawn().expect("it starts"));
+        let pid = process.id();
+        // Without a pause: the moments are short.
+        let deadline = Instant::now() + *crate::rig::PATIENCE;
+        while !reached(pid) {
+            assert!(Instant::now() < deadline, "{what} does not come");
+        }
+        seen.push((what, kinds_of(pid)));
+        killed_it_leaves_nothing(&mut process);
+    }
+    // It was before all was there, at least once.
+    assert!(seen.iter().any(|(_, kinds)| !kinds.contains("link")), "{seen:?}");
+    assert_eq!(mounts(), before);
+}
+
+#[test]
+fn sigkill_while_it_ends() {
+    let listener = Listener::new();
+    // Nobody reads, so its end takes a while.
+    let mut process = Guard(tracer_on(&listener).stdout(Stdio::piped()).spawn().expect("it starts"));
+    wait_until("all links", || kinds_of(process.id()).contains("link") && started(process.id()));
+    traffic(&listener, 100);
+    std::thread::sleep(Duration::from_millis(300));
+    process.signal(Signal::INT);
+    wait_until("the links to go", || !kinds_of(process.id()).contains("link"));
+    assert!(kinds_of(process.id()).contains("map"), "it has ended already");
+    killed_it_leaves_nothing(&mut process);
+}
+
+/// Whether it traces: its second thread, which writes, is the last thing that it makes.
+fn started(pid: u32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1)
+}
+
+/// A broker that hangs is given up after three answers that do not come; it dies with tracer nevertheless.
+#[test]
+fn a_broker_that_hangs() {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let broker = broker_of(&tracer);
+    let signal = |signal| kill_process(Pid::from_raw(broker.cast_signed()).expect("an id"), signal).expect("it runs");
+    signal(Signal::STOP);
+    for (server, client) in traffic(&listener, 3) {
+        let wanted = json!({ "process": { "pid": std::process::id(), "exe": null }, "cause": "request_close" });
+        expect(&tracer.wait_for_close(server, client), &wanted);
+        expect(&tracer.wait_for_close(client, server), &wanted);
+    }
+    wait_until("a warning", || tracer.stderr().contains("does not answer"));
+    tracer.signal(Signal::KILL);
+    drop(tracer);
+    wait_until("the broker to go", || matches!(state_of(broker), None | Some('Z')));
+}
+
+#[test]
+fn a_full_stdout_is_an_error() {
+    for format in [&["--json"][..], &[], &["--summary-only", "--duration", "1s"]] {
+        let listener = Listener::new();
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("it is there");
+        let mut command = tracer();
+        command.arg("run").args(format).args(["--port", &listener.port.to_string()]);
+        let mut process = Guard(command.stdout(full).stderr(Stdio::piped()).spawn().expect("it starts"));
+        let status = process.wait();
+        let mut said = String::new();
+        process.0.stderr.take().expect("piped").read_to_string(&mut said).expect("UTF-8");
+        assert_eq!(status.code(), Some(1), "{format:?}: {said}");
+        assert!(said.contains("cannot write to stdout") && said.contains("space"), "{format:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{format:?}: {said}");
+    }
+}
+
+/// As if it were `/dev/null`: what is asked for besides is still done.
+#[test]
+fn a_stdout_that_is_closed_from_the_beginning() {
+    let (directory, listener) = (tempfile::tempdir().expect("a directory"), Listener::new());
+    let recording = directory.path().join("run.rec");
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" >&-", "sh"]).arg(tracer().get_program());
+    command.args(["run", "--json", "--port", &listener.port.to_string(), "--record"]).arg(&recording);
+    let mut process = Guard(command.spawn().expect("it starts"));
+    wait_until("it to trace", || fs::metadata(&recording).is_ok_and(|meta| meta.len() > 16));
+    traffic(&listener, 2);
+    process.signal(Signal::INT);
+    assert_eq!(process.wait().code(), Some(0));
+    let (events, code, said) = report(&recording);
+    assert_eq!((code, events.last().expect("a summary")["closes"].as_u64()), (0, Some(4)), "{said}");
+}
+
+/// What `tracer report` says, with its exit code and what it complains of.
+fn report(recording: &Path) -> (Vec<Value>, i32, String) {
+    let Output { status, stdout, stderr } =
+        tracer().args(["report", "--json"]).arg(recording).output().expect("it starts");
+    let events = stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(serde_json::from_slice);
+    let events = events.collect::<Result<_, _>>().expect("JSON");
+    (events, status.code().expect("not killed"), String::from_utf8_lossy(&stderr).into_owned())
+}
+
+/// Starts tracer with room for few records, on a port, and reads no more than its first line.
+fn unread(listener: &Listener) -> (Guard, BufReader<ChildStdout>) {
+    let mut command = tracer_on(listener);
+    command.args(["--ring-size", "64K"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = Guard(command.spawn().expect("it starts"));
+    // A buffer that holds the first line and little more.
+    let mut stdout = BufReader::with_capacity(256, process.0.stdout.take().expect("piped"));
+    let mut start = String::new();
+    stdout.read_line(&mut start).expect("it prints");
+    assert!(start.contains(r#""type":"start""#), "{start}");
+    (process, stdout)
+}
+
+#[test]
+fn a_reader_that_stalls_costs_records_and_each_is_counted() {
+    const CONNECTIONS: usize = 5_000;
+    let listener = Listener::new();
+    let (process, stdout) = unread(&listener);
+    // Nobody waits for tracer: these go on.
+    traffic(&listener, CONNECTIONS);
+    let (say, said) = std::sync::mpsc::channel::<Value>();
+    let reader = std::thread::spawn(move || {
+        for line in stdout.lines() {
+            // Nobody listens any more where the test has failed.
+            let _ = say.send(serde_json::from_str(&line.expect("UTF-8")).expect("JSON"));
+        }
+    });
+    // All that was kept, until nothing more comes.
+    let mut events: Vec<Value> = Vec::new();
+    while let Ok(event) = said.recv_timeout(Duration::from_secs(2)) {
+        events.push(event);
+    }
+    // From then on nothing is lost.
+    let (server, client) = traffic(&listener, 1)[0];
+    for (local, remote) in [(server, client), (client, server)] {
+        while !events.iter().any(|event| event["type"] == "close" && is_socket(event, local, remote)) {
+            events.push(said.recv_timeout(*crate::rig::PATIENCE).expect("it goes on"));
+        }
+    }
+    let mut process = process;
+    process.signal(Signal::INT);
+    assert_eq!(process.wait().code(), Some(0));
+    reader.join().expect("all is JSON");
+    events.extend(said.try_iter());
+    let closes = events.iter().filter(|event| event["type"] == "close").count() as u64;
+    let lost: u64 = events.iter().filter_map(|event| event["records"].as_u64()).sum();
+    let summary = events.last().expect("a summary");
+    expect(summary, &json!({ "type": "summary", "closes": closes, "lost": lost }));
+    assert!(lost > 0, "there was room for all: {summary:#}");
+    assert_eq!(closes + lost, 2 * (CONNECTIONS as u64 + 1));
+}
+
+#[test]
+fn a_reader_that_never_comes_does_not_hold_up_the_end() {
+    let listener = Listener::new();
+    let (mut process, stdout) = unread(&listener);
+    traffic(&listener, 500);
+    let asked = Instant::now();
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait().code(), Some(0));
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    let mut said = String::new();
+    process.0.stderr.take().expect("piped").read_to_string(&mut said).expect("UTF-8");
+    assert!(said.contains("stdout was not read"), "{said}");
+    drop(stdout);
+}
+
+/// A file system of its own that is really full.
+#[test]
+fn a_full_disk_ends_the_recording_and_nothing_else() {
+    let (directory, listener) = (tempfile::tempdir().expect("a directory"), Listener::new());
+    let at = directory.path().display();
+    let mount = format!("mount -t tmpfs -o size=64k none {at}");
+    let path = directory.path().join("run.rec");
+    let command = in_mounts_where(&mount, &tracer());
+    let tracer =
+        Tracer::start_by(command, &["--port", &listener.port.to_string(), "--record", path.to_str().expect("UTF-8")]);
+    let disk =
+        Path::new("/proc").join(tracer.pid().to_string()).join("root").join(at.to_string().trim_start_matches('/'));
+    let recording = disk.join("run.rec");
+    let begun = traffic(&listener, 2);
+    for (server, client) in &begun {
+        tracer.wait_for_close(*server, *client);
+        tracer.wait_for_close(*client, *server);
+    }
+    // What was printed is in the file a second later.
+    std::thread::sleep(Duration::from_millis(1500));
+    let error = fs::write(disk.join("fill"), vec![0; 128 << 10]).expect_err("it does not fit");
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    // More than the last page has room for.
+    let mut made = begun.len();
+    wait_until("a warning", || {
+        made += traffic(&listener, 50).len();
+        std::thread::sleep(Duration::from_millis(100));
+        tracer.stderr().contains("cannot write to")
+    });
+    made += traffic(&listener, 2).len();
+    tracer.wait_for_closes(2 * made, |_| true);
+    let said = tracer.stderr();
+    assert!(said.contains("No space left") && said.contains("tracing goes on"), "{said}");
+    assert_eq!(said.matches("cannot write to").count(), 1, "{said}");
+    let copy = tempfile::NamedTempFile::new().expect("a file");
+    fs::copy(&recording, copy.path()).expect("it can be read");
+    tracer.signal(Signal::INT);
+    let (run, status) = tracer.join();
+    assert_eq!(status.code(), Some(8), "the recording is incomplete");
+    assert_eq!(run.closes().len(), 2 * made, "the tracing is not");
+    let (events, code, said) = report(copy.path());
+    assert_eq!(code, 8, "{said}");
+    let recorded: Vec<_> = events.iter().filter(|event| event["type"] == "close").collect();
+    assert!(recorded.len() >= 2 * begun.len(), "{}", recorded.len());
+    assert!(recorded.iter().zip(run.closes()).all(|(one, other)| **one == *other));
+}
+
+const HIDE: &str = "mount -t proc -o hidepid=2 proc /proc";
+
+#[test]
+fn with_processes_hidden_the_units_capabilities_are_enough() {
+    let directory = tempfile::tempdir().expect("a directory");
+    names_everything("hidepid", in_mounts_where(HIDE, &nobody_with(&unit_capabilities(), directory.path())));
+}
+
+#[test]
+fn with_processes_hidden_from_it_it_names_by_the_kernel_alone() {
+    let (directory, listener) = (tempfile::tempdir().expect("a directory"), Listener::new());
+    let command = in_mounts_where(HIDE, &nobody_with("+bpf,+perfmon,+net_admin", directory.path()));
+    let tracer = Tracer::start_by(command, &["--port", &listener.port.to_string()]);
+    for (server, client) in traffic(&listener, 2) {
+        // Hidden is not gone: nothing is said to be known.
+        let process = json!({ "pid": std::process::id(), "exe": null, "cgroup": null, "container": null });
+        let wanted = json!({ "final": "time_wait", "cause": "request_close", "process": process });
+        expect(&tracer.wait_for_close(server, client), &wanted);
+    }
+    let degraded = tracer.stop().events[0]["degraded"].to_string();
+    assert!(degraded.contains("hidepid"), "{degraded}");
+}
+
+#[test]
+fn it_traces_where_no_hierarchy_is_mounted() {
+    let gone = "for at in $(awk '$3 == \"cgroup2\" {print $2}' /proc/mounts); do umount -l $at; done\n\
+                ! grep -q cgroup2 /proc/mounts";
+    let listener = Listener::new();
+    let port = listener.port.to_string();
+    let tracer = Tracer::start_by(in_mounts_where(gone, &tracer()), &["--port", &port]);
+    let [(server, client)] = traffic(&listener, 1)[..] else { panic!("one") };
+    // Heads are read where the traffic passes, so these hooks are there.
+    expect(
+        &tracer.wait_for_close(server, client),
+        &json!({
+            "cause": "request_close", "final": "time_wait", "final_source": "fin",
+            "http": { "target": "/path", "status": 200 },
+        }),
+    );
+    let held = held_by(tracer.pid());
+    let mounted = fs::read_to_string(format!("/proc/{}/mounts", tracer.pid())).expect("it runs");
+    assert!(!mounted.contains("cgroup2"), "it is mounted nowhere: {mounted}");
+    let run = tracer.stop();
+    assert_eq!(run.events[0]["degraded"], json!([]));
+    wait_until("programs, maps and links to go", || !held.iter().any(|of| exists(*of)));
+}
+
+#[test]
+fn two_at_once_see_the_same() {
+    const CONNECTIONS: usize = 200;
+    let listener = Listener::new();
+    let tracers = [Tracer::on_port(listener.port), Tracer::on_port(listener.port)];
+    traffic(&listener, CONNECTIONS);
+    let seen = tracers.each_ref().map(|tracer| -> BTreeMap<u64, Value> {
+        let closes = tracer.wait_for_closes(2 * CONNECTIONS, |_| true);
+        assert_eq!(closes.len(), 2 * CONNECTIONS);
+        let told = closes.into_iter().map(|mut close| {
+            // Each looks at the clocks by itself, and may be asked at another moment what is left.
+            for field in ["time", "states", "duration_us", "idle_us", "final_source"] {
+                close.as_object_mut().expect("an object").remove(field);
+            }
+            (close["cookie"].as_u64().expect("a cookie"), close)
+        });
+        told.collect()
+    });
+    assert_eq!(seen[0], seen[1]);
+    // One goes, the other stays as it was.
+    let [killed, other] = tracers;
+    killed.signal(Signal::KILL);
+    drop(killed);
+    for (server, client) in traffic(&listener, 3) {
+        let wanted = json!({ "cause": "request_close", "final": "time_wait", "http": { "requests": 1 } });
+        expect(&other.wait_for_close(server, client), &wanted);
+    }
+    assert_eq!(other.stop().closes().len(), 2 * (CONNECTIONS + 3));
+}
+
+/// A namespace with a half-closed socket in it that no process has any more; its peer will never close. A device in another
+/// namespace goes with it.
+fn orphaned(of: &str, listen: impl FnOnce(&Listener)) -> (Namespace, Namespace, u16, u16) {
+    let (namespace, witness) = (Namespace::new(of), Namespace::new(&format!("{of}-witness")));
+    let (inside, outside) = (&namespace.name, &witness.name);
+    run(Command::new("ip").args(["-n", outside, "link", "add", "seen", "type", "veth", "peer", "name", "v"]));
+    run(Command::new("ip").args(["-n", outside, "link", "set", "v", "netns", inside]));
+    let listener = namespace.enter(Listener::new);
+    listen(&listener);
+    let (server_port, client_port) = namespace.enter(|| {
+        fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "2").expect("we are root");
+        let mut pair = listener.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        drop(pair.server);
+        end_of(&mut pair.client);
+        std::thread::sleep(Duration::from_millis(200));
+        // The RST is lost.
+        let rules = "table inet silent { chain input { type filter hook input priority 0; policy drop; }; }";
+        run(Command::new("nft").arg(rules));
+        let ports = (pair.server_port, pair.client_port);
+        abort(pair.client);
+        ports
+    });
+    (namespace, witness, server_port, client_port)
+}
+
+fn exists_in(witness: &Namespace) -> bool {
+    let shown = Command::new("ip").args(["-n", &witness.name, "link", "show", "seen"]).output().expect("ip runs");
+    shown.status.success()
+}
+
+/// It is asked for while it is there, and so it stays for as long: until the half-closed socket is settled.
+#[test]
+fn a_namespace_that_goes_while_it_is_asked_is_let_go() {
+    let mut tracer = None;
+    let (namespace, witness, server, client) =
+        orphaned("while", |listener| tracer = Some(Tracer::on_port(listener.port)));
+    let tracer = tracer.expect("it was started");
+    drop(namespace);
+    let close = tracer.wait_for_close(server, client);
+    expect(
+        &close,
+        &json!({ "closed_by": "local", "final": "fin_wait2", "final_source": "sock_diag", "cause": "request_close" }),
+    );
+    wait_until("the namespace to go", || !exists_in(&witness));
+    tracer.stop();
+}
+
+/// It is gone before it is asked for: what is left is unknown, and nothing is made of that.
+#[test]
+fn a_namespace_that_is_gone_before_it_is_asked() {
+    let mut tracer = None;
+    let (namespace, witness, server, client) = orphaned("before", |listener| {
+        let started = Tracer::on_port(listener.port);
+        stopped(&started);
+        tracer = Some(started);
+    });
+    let tracer = tracer.expect("it was started");
+    drop(namespace);
+    wait_until("the namespace to go", || !exists_in(&witness));
+    tracer.signal(Signal::CONT);
+    expect(
+        &tracer.wait_for_close(server, client),
+        &json!({ "closed_by": "local", "final": "unknown", "final_source": "inferred", "cause": "request_close" }),
+    );
+    tracer.stop();
+}
+
+/// A time namespace shifts the clocks that processes see, and the starts that `/proc` tells, but not those of the kernel.
+#[test]
+fn in_a_time_namespace_dates_and_names_are_right() {
+    for shift in ["100000", "-30"] {
+        let listener = Listener::new();
+        let mut command = Command::new("unshare");
+        // The process that is traced by its id has started outside.
+        command.args(["--time", "--monotonic", shift, "--boottime", shift, "--"]).arg(tracer().get_program());
+        let (port, pid) = (listener.port.to_string(), std::process::id().to_string());
+        let tracer = Tracer::start_by(command, &["--port", &port, "--pid", &pid]);
+        let exe = std::env::current_exe().expect("a path").display().to_string();
+        for (server, client) in traffic(&listener, 3) {
+            let close = tracer.wait_for_close(server, client);
+            expect(&close, &json!({ "process": { "pid": std::process::id(), "exe": exe }, "final": "time_wait" }));
+            let date: jiff::Timestamp = close["time"].as_str().expect("a date").parse().expect("a date");
+            let off = jiff::Timestamp::now().duration_since(date).abs();
+            assert!(off < jiff::SignedDuration::from_secs(60), "{off:?} off: {close:#}");
+        }
+        tracer.stop();
+    }
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// More than are kept in memory. Each has one connection, and ends with it.
+#[test]
+fn short_lived_processes_by_the_thousand() {
+    const PROCESSES: usize = 5_000;
+    let listener = Listener::new();
+    let port = listener.port;
+    drop(listener);
+    let tracer = Tracer::on_port(port);
+    let server = Script::start(
+        port,
+        "listener = listen(1024)\n\
+         say('listening')\n\
+         while True:\n\
+        \x20    serve(listener.accept()[0])",
+    );
+    server.expect("listening");
+    let mut clients = Script::start(
+        port,
+        &format!(
+            "def client():\n\
+            \x20    connection = connect()\n\
+            \x20    say(connection.getsockname()[1], os.getpid())\n\
+            \x20    connection.sendall(REQUEST)\n\
+            \x20    while connection.recv(4096): pass\n\
+             running = []\n\
+             for _ in range({PROCESSES}):\n\
+            \x20    running.append(fork(client))\n\
+            \x20    if len(running) == 16: reap(running.pop(0))\n\
+             for child in running: reap(child)\n\
+             hear()"
+        ),
+    );
+    let mut pids: BTreeMap<u16, BTreeSet<u32>> = BTreeMap::new();
+    let mut warm = None;
+    for n in 0..PROCESSES {
+        let line = clients.hear();
+        let (port, pid) = line.split_once(' ').expect("a port and a process id");
+        pids.entry(port.parse().expect("a port")).or_default().insert(pid.parse().expect("an id"));
+        if n == PROCESSES / 10 {
+            warm = Some(resident_kib(tracer.pid()));
+        }
+    }
+    clients.tell("end");
+    clients.ends();
+    let python = fs::read_link(format!("/proc/{}/exe", server.pid())).expect("it runs").display().to_string();
+    // That none is missing is for other tests, on a host that has less to do meanwhile.
+    let closes = tracer.wait_for_closes(2 * PROCESSES * 99 / 100, |_| true);
+    let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));
+    assert!(grown < 4 << 10, "{grown} KiB more for {PROCESSES} processes");
+    let mut named = 0;
+    for close in closes.iter().filter(|close| port_of(close, "remote") == Some(port)) {
+        // Which of them it was where a port was used twice cannot be told; that it was another process can.
+        let truth = &pids[&port_of(close, "local").expect("a port")];
+        let pid = close["process"]["pid"].as_u64().expect("who connects is known");
+        assert!(truth.iter().any(|known| u64::from(*known) == pid), "{truth:?}: {close:#}");
+        let exe = &close["process"]["exe"];
+        assert!(exe.is_null() || *exe == python.as_str(), "{close:#}");
+        named += usize::from(!exe.is_null());
+    }
+    eprintln!("{named} of {PROCESSES} executables are known, {grown} KiB more");
+    tracer.stop();
+}
