@@ -30,7 +30,7 @@ const PROCESSES: usize = 8;
 pub struct Json {
     line: Vec<u8>,
     second: Second,
-    processes: [Written; PROCESSES],
+    processes: Box<[Written; PROCESSES]>,
 }
 
 /// The second of the last line, up to its fraction: most lines share it with the one before.
