@@ -136,3 +136,50 @@ fn counting(bencher: Bencher<'_, '_>) {
         }
     });
 }
+
+/// All of it, from the bytes of the two ends' records to their lines, counted for the summary: what the daemon does for one
+/// connection. `valgrind --tool=callgrind` counts its instructions where the clock is no use:
+/// `… steps-* --bench pipeline_text --sample-count 1 --sample-size 10000`
+fn pipeline(bencher: Bencher<'_, '_>, mut sink: Sink) {
+    let mut ends = [record(), record()];
+    let (server, client) = ends.split_at_mut(1);
+    let (server, client) = (&mut server[0], &mut client[0]);
+    (client.local, client.remote) = (server.remote, server.local);
+    (client.role, client.first_end) = (role::CLIENT, first_end::REMOTE);
+    (client.old_state, client.closer.tgid) = (9, 0);
+    client.owner = Task { tgid: 4_200_002, comm: *b"wrk\0\0\0\0\0\0\0\0\0\0\0\0\0", ..server.owner };
+    client.http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_OUT;
+    let (mut connections, now) = (connections(), std::time::Instant::now());
+    let mut summary = Summarizer::new(now, false, None);
+    let mut events = Vec::new();
+    let mut lines = Vec::new();
+    let mut port = 0_u16;
+    bencher.bench_local(|| {
+        port = port.wrapping_add(1);
+        if port % 512 == 0 {
+            lines.clear();
+        }
+        (ends[0].remote_port, ends[1].local_port) = (port, port);
+        (ends[1].remote_port, ends[0].local_port) = (8080, 8080);
+        for end in &mut ends {
+            end.cookie += 1;
+            end.at_ns += 1_234;
+            connections.fact(decode(bytemuck::bytes_of(end)).expect("a record"), now, &mut events);
+        }
+        for event in events.drain(..) {
+            summary.event(&event);
+            sink.event(&event, &mut lines).expect("memory");
+        }
+        lines.len()
+    });
+}
+
+#[divan::bench]
+fn pipeline_text(bencher: Bencher<'_, '_>) {
+    pipeline(bencher, Sink::Text(Text::new(TimeZone::UTC, false)));
+}
+
+#[divan::bench]
+fn pipeline_json(bencher: Bencher<'_, '_>) {
+    pipeline(bencher, Sink::Json(Json::default()));
+}

@@ -5,6 +5,7 @@
 //! Nothing is asked while nothing is held; what is held is bounded, and so is the rate of questions.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
@@ -127,17 +128,18 @@ impl Connections {
         }
         match fact {
             Fact::Changed(socket) => {
-                let event = self.state(&socket, socket.old, socket.new, socket.at_ns);
+                let event = self.state(&socket, socket.old, socket.new, socket.at_ns, now);
                 out.push(event);
             }
             Fact::Ended(socket) => {
                 self.ended += 1;
                 self.ended(socket, now, out);
             }
-            Fact::CloseWait(socket) => {
+            Fact::CloseWait(mut socket) => {
                 let ending = verdict::half_closed(&socket);
-                let mut close = self.close(&socket, &ending);
+                let mut close = self.close(&socket, &ending, now);
                 close.cause = verdict::cause(&socket, &ending);
+                complete(&mut close, &mut socket);
                 out.push(Event::CloseWait(Box::new(close)));
             }
             Fact::ResetAfterEnd { cookie } => {
@@ -147,7 +149,7 @@ impl Connections {
                 {
                     held.ending.how = Some(How::Rst);
                     held.socket.rst_sent = true;
-                    self.settle(held, Final::Reset, FinalSource::State, out);
+                    self.settle(held, Final::Reset, FinalSource::State, now, out);
                 }
             }
         }
@@ -155,11 +157,11 @@ impl Connections {
 
     fn ended(&mut self, socket: Box<Socket>, now: Instant, out: &mut Vec<Event>) {
         let ending = verdict::ending(&socket);
-        let close = Box::new(self.close(&socket, &ending));
+        let close = Box::new(self.close(&socket, &ending, now));
         let held =
             Held { socket, ending, close, next: now, pause: FIRST, deadline: None, seen: now, awaits_reset: false };
         match held.ending.fate {
-            Fate::Known(fate, source) => self.settle(held, fate, source, out),
+            Fate::Known(fate, source) => self.settle(held, fate, source, now, out),
             Fate::Ask => self.ask(held, now, out),
         }
     }
@@ -168,7 +170,7 @@ impl Connections {
     fn ask(&mut self, mut held: Held, now: Instant, out: &mut Vec<Event>) {
         if held.socket.cookie_late {
             // Its mini-socket has another cookie than the one we know: nothing can be said for certain.
-            return self.settle(held, Final::Unknown, FinalSource::Inferred, out);
+            return self.settle(held, Final::Unknown, FinalSource::Inferred, now, out);
         }
         let answer = self.sock_diag.ask(&question(&held.socket));
         if self.release_at.is_none() && self.sock_diag.holds_foreign() {
@@ -180,7 +182,7 @@ impl Connections {
                 held.seen = now;
                 held.next = now + held.pause;
                 held.pause = (held.pause * 2).min(self.slowest());
-                self.hold(held, out);
+                self.hold(held, now, out);
             }
             Answer::Gone | Answer::Replaced | Answer::Unknown
                 if held.deadline.is_none() && !held.awaits_reset && may_reset(&held.socket) =>
@@ -188,7 +190,7 @@ impl Connections {
                 // `close` with unread data sends its RST after the socket's end: that record may be on its way.
                 held.awaits_reset = true;
                 held.next = now + FIRST;
-                self.hold(held, out);
+                self.hold(held, now, out);
             }
             answer => self.answered(held, answer, now, out),
         }
@@ -205,16 +207,16 @@ impl Connections {
             Answer::Replaced => gone(&held, now),
             Answer::Alive | Answer::Unknown => (Final::Unknown, FinalSource::Inferred),
         };
-        self.settle(held, fate, source, out);
+        self.settle(held, fate, source, now, out);
     }
 
-    fn hold(&mut self, held: Held, out: &mut Vec<Event>) {
+    fn hold(&mut self, held: Held, now: Instant, out: &mut Vec<Event>) {
         if self.held.len() >= HELD
             && let Some(oldest) = self.held.pop_front()
         {
             // It can still become TIME_WAIT.
             let fate = if oldest.awaits_reset { Final::Unknown } else { Final::FinWait2 };
-            self.settle(oldest, fate, FinalSource::Inferred, out);
+            self.settle(oldest, fate, FinalSource::Inferred, now, out);
         }
         self.held.push_back(held);
     }
@@ -264,15 +266,15 @@ impl Connections {
                 let answer = self.sock_diag.ask(&question(&held.socket));
                 self.answered(held, answer, now, out);
             } else {
-                self.settle(held, Final::Unknown, FinalSource::Inferred, out);
+                self.settle(held, Final::Unknown, FinalSource::Inferred, now, out);
             }
         }
     }
 
     /// Reports one connection.
-    fn settle(&mut self, held: Held, fate: Final, fate_source: FinalSource, out: &mut Vec<Event>) {
+    fn settle(&mut self, held: Held, fate: Final, fate_source: FinalSource, now: Instant, out: &mut Vec<Event>) {
         let a_reset_is_missed = may_have_reset_unseen(&held, fate);
-        let Held { socket, ending, mut close, deadline, .. } = held;
+        let Held { mut socket, ending, mut close, deadline, .. } = held;
         let (ending, fate, fate_source) = if a_reset_is_missed {
             (verdict::unobserved(&socket), Final::Unknown, FinalSource::Inferred)
         } else {
@@ -283,34 +285,33 @@ impl Connections {
         close.fate = Some(fate);
         close.fate_source = Some(fate_source);
         close.cause = verdict::cause(&socket, &ending);
-        let mut at_ns = socket.at_ns;
-        let mut new = socket.new;
+        // What the kernel reports as CLOSE is the end of the full socket. If it was FIN_WAIT2 when it was asked for before, the
+        // FIN came since then.
+        let (new, at_ns) = match (fate, deadline) {
+            (Final::TimeWait, Some(_)) => (TcpState::TimeWait, monotonic_ns()),
+            (Final::TimeWait, None) => (TcpState::TimeWait, socket.at_ns),
+            _ => (socket.new, socket.at_ns),
+        };
+        if self.states {
+            out.push(self.state(&socket, socket.old, new, at_ns, now));
+        }
+        complete(&mut close, &mut socket);
         if fate == Final::TimeWait
             && let Some(last) = close.states.last_mut()
         {
-            // What the kernel reports as CLOSE is the end of the full socket.
-            new = TcpState::TimeWait;
             last.state = new;
-            if deadline.is_some() {
-                // It was FIN_WAIT2 when it was asked for before: the FIN came since then.
-                let found_ns = monotonic_ns();
-                last.at_us = last.at_us.saturating_add(micros_between(at_ns, found_ns));
-                at_ns = found_ns;
-            }
-        }
-        if self.states {
-            out.push(self.state(&socket, socket.old, new, at_ns));
+            last.at_us = last.at_us.saturating_add(micros_between(socket.at_ns, at_ns));
         }
         out.push(Event::Close(close));
     }
 
-    fn close(&mut self, socket: &Socket, ending: &Ending) -> Close {
-        let process = self.owner(socket);
+    /// All but what [`complete`] adds.
+    fn close(&mut self, socket: &Socket, ending: &Ending, now: Instant) -> Close {
+        let process = self.owner(socket, now);
         let closer = socket
             .closer
             .filter(|closer| socket.owner.is_none_or(|owner| !same(&owner, closer)) && !self.processes.is_own(closer))
-            .map(|task| self.processes.describe(&Task { source: Source::Close, ..task }));
-        let zero = socket.established_ns.or_else(|| socket.states.first().map(|(_, at)| *at)).unwrap_or(socket.at_ns);
+            .map(|task| self.processes.describe(&Task { source: Source::Close, ..task }, now));
         Close {
             time: self.clock.date(socket.at_ns),
             cookie: socket.cookie,
@@ -325,28 +326,24 @@ impl Connections {
             how: ending.how,
             fate: None,
             fate_source: None,
-            states: socket
-                .states
-                .iter()
-                .map(|(state, at)| StateAt { state: *state, at_us: micros_between(zero, *at) })
-                .collect(),
+            states: Vec::new(),
             duration_us: socket.established_ns.map_or(0, |from| socket.at_ns.saturating_sub(from) / 1000),
             started_before: socket.started_before,
             idle_us: verdict::idle_us(socket),
             rx_bytes: socket.rx_bytes,
             tx_bytes: socket.tx_bytes,
             protocol: socket.protocol,
-            http: socket.http.clone(),
+            http: None,
             cause: Cause::Unknown,
         }
     }
 
-    fn owner(&mut self, socket: &Socket) -> Option<Process> {
+    fn owner(&mut self, socket: &Socket, now: Instant) -> Option<Arc<Process>> {
         let owner = socket.owner.filter(|task| !self.processes.is_own(task))?;
-        Some(self.processes.describe(&owner))
+        Some(self.processes.describe(&owner, now))
     }
 
-    fn state(&mut self, socket: &Socket, old: TcpState, new: TcpState, at_ns: u64) -> Event {
+    fn state(&mut self, socket: &Socket, old: TcpState, new: TcpState, at_ns: u64, now: Instant) -> Event {
         // A transition into the same state (FIN_WAIT1 twice) is not kept as one.
         let earlier = if old == new { 0 } else { 1 };
         let before = socket.states.iter().rev().nth(earlier).map(|(_, at)| *at);
@@ -357,7 +354,7 @@ impl Connections {
             local: socket.local,
             remote: socket.remote,
             role: socket.role,
-            process: self.owner(socket),
+            process: self.owner(socket, now),
             old,
             new,
             delta_us: before.map(|before| at_ns.saturating_sub(before) / 1000),
@@ -365,6 +362,14 @@ impl Connections {
             http: socket.http.clone(),
         }))
     }
+}
+
+/// Moves to the event what of its socket is of no more use once it is judged.
+fn complete(close: &mut Close, socket: &mut Socket) {
+    let zero = socket.established_ns.or_else(|| socket.states.first().map(|(_, at)| *at)).unwrap_or(socket.at_ns);
+    let states = std::mem::take(&mut socket.states).into_iter();
+    close.states = states.map(|(state, at)| StateAt { state, at_us: micros_between(zero, at) }).collect();
+    close.http = socket.http.take();
 }
 
 /// Now, in the clock of the facts: the host's, whatever time namespace this process is in.

@@ -4,6 +4,7 @@
 //! words of every enum, are the product's interface; nothing here knows the kernel's records.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use jiff::Timestamp;
@@ -105,6 +106,21 @@ pub struct Process {
     pub container: Option<String>,
     /// How it was learnt.
     pub source: Source,
+}
+
+/// A process that events share, written and read as if each had its own.
+pub(crate) mod shared {
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    use super::{Arc, Process};
+
+    pub(crate) fn serialize<S: Serializer>(process: &Option<Arc<Process>>, serializer: S) -> Result<S::Ok, S::Error> {
+        process.as_deref().serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<Process>>, D::Error> {
+        Ok(Option::<Process>::deserialize(deserializer)?.map(Arc::new))
+    }
 }
 
 /// Who sent the first FIN or RST.
@@ -409,12 +425,14 @@ pub struct Close {
     pub remote: SocketAddr,
     /// Which end this is.
     pub role: Role,
-    /// The owner; `null` if unknown.
-    pub process: Option<Process>,
+    /// The owner; `null` if unknown. Shared: most connections are those of a few processes.
+    #[serde(serialize_with = "shared::serialize")]
+    pub process: Option<Arc<Process>>,
     /// Who sent the first FIN or RST.
     pub closed_by: ClosedBy,
     /// The process that made the local close, if it is not `process`.
-    pub closer: Option<Process>,
+    #[serde(serialize_with = "shared::serialize")]
+    pub closer: Option<Arc<Process>>,
     /// How it ended; `null` if neither FIN, RST nor time-out ended it.
     pub how: Option<How>,
     /// What is left of it; `None` if it has not ended.
@@ -460,7 +478,8 @@ pub struct State {
     /// Which end this is.
     pub role: Role,
     /// The owner as known by then.
-    pub process: Option<Process>,
+    #[serde(serialize_with = "shared::serialize")]
+    pub process: Option<Arc<Process>>,
     /// State before.
     pub old: TcpState,
     /// State after.

@@ -288,7 +288,7 @@ impl Filter {
             }
             Event::CloseWait(close) => self.ending_passes(close),
             Event::State(state) => {
-                self.processes_pass([state.process.as_ref(), None])
+                self.processes_pass([state.process.as_deref(), None])
                     && (self.ports.is_empty() || self.has_port([state.local.port(), state.remote.port()]))
                     && self.ends_pass(state.netns, state.local.ip(), state.remote.ip())
             }
@@ -313,7 +313,7 @@ impl Filter {
         (self.causes.is_empty() || self.causes.contains(&close.cause))
             && (self.closed_by.is_empty() || self.closed_by.contains(&close.closed_by))
             && (self.fates.is_empty() || close.fate.is_some_and(|fate| self.fates.contains(&fate)))
-            && self.processes_pass([close.process.as_ref(), close.closer.as_ref()])
+            && self.processes_pass([close.process.as_deref(), close.closer.as_deref()])
             && (self.ports.is_empty() || self.has_port([close.local.port(), close.remote.port()]))
             && self.ends_pass(close.netns, close.local.ip(), close.remote.ip())
     }

@@ -54,7 +54,8 @@ struct Details {
 struct Cached {
     /// The name that was asked for: another one is the trace of an `execve`.
     comm: [u8; 16],
-    details: Details,
+    /// As it was asked for last: its connections share it.
+    process: Arc<Process>,
     read_at: Instant,
 }
 
@@ -89,28 +90,18 @@ impl Processes {
         pid == task.pid && start.is_none_or(|start| start == seen_ticks(task.start_ns))
     }
 
-    /// Describes a process. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
-    pub fn describe(&mut self, task: &Task) -> Process {
-        let Details { exe, cgroup, container } = self.details(task);
-        Process {
-            pid: task.pid,
-            comm: text(until_nul(&task.comm)),
-            exe,
-            uid: task.uid,
-            cgroup,
-            container,
-            source: task.source,
-        }
-    }
-
-    fn details(&mut self, task: &Task) -> Details {
+    /// Describes a process, `now`. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
+    pub fn describe(&mut self, task: &Task, now: Instant) -> Arc<Process> {
         let key = (task.pid, task.start_ns);
-        let now = Instant::now();
-        if let Some(cached) = self.cache.get(&key)
+        if let Some(cached) = self.cache.get_mut(&key)
             && cached.comm == task.comm
             && now.duration_since(cached.read_at) < self.believed
         {
-            return cached.details.clone();
+            let process = &cached.process;
+            if (process.uid, process.source) != (task.uid, task.source) {
+                cached.process = Arc::new(Process { uid: task.uid, source: task.source, ..Process::clone(process) });
+            }
+            return Arc::clone(&cached.process);
         }
         let read = self.broker.as_ref().map_or_else(|| read(&self.proc, task), |broker| broker.process(task));
         if read.is_gone
@@ -118,15 +109,21 @@ impl Processes {
         {
             // What was read while it lived. Under another name it may have run another program.
             cached.read_at = now;
-            let mut details = cached.details.clone();
-            details.exe = details.exe.filter(|_| cached.comm == task.comm);
-            return details;
+            let Process { exe, cgroup, container, .. } = Process::clone(&cached.process);
+            let exe = exe.filter(|_| cached.comm == task.comm);
+            return Arc::new(process(task, Details { exe, cgroup, container }));
         }
+        let process = Arc::new(process(task, read.details));
         if read.is_final {
-            self.cache.put(key, Cached { comm: task.comm, details: read.details.clone(), read_at: now });
+            self.cache.put(key, Cached { comm: task.comm, process: Arc::clone(&process), read_at: now });
         }
-        read.details
+        process
     }
+}
+
+fn process(task: &Task, Details { exe, cgroup, container }: Details) -> Process {
+    let comm = text(until_nul(&task.comm));
+    Process { pid: task.pid, comm, exe, uid: task.uid, cgroup, container, source: task.source }
 }
 
 /// What `/proc` said.
@@ -306,6 +303,12 @@ mod tests {
 
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
+    impl Processes {
+        fn describe_now(&mut self, task: &Task) -> Process {
+            Process::clone(&self.describe(task, Instant::now()))
+        }
+    }
+
     /// A directory that looks like `/proc`.
     struct Fake(tempfile::TempDir);
 
@@ -348,7 +351,7 @@ mod tests {
     fn a_process_is_described() {
         let fake = Fake::new();
         fake.start(7, 500, "/usr/sbin/nginx");
-        let process = fake.processes().describe(&task(7, 500, "nginx"));
+        let process = fake.processes().describe_now(&task(7, 500, "nginx"));
         assert_eq!(
             process,
             Process {
@@ -368,15 +371,15 @@ mod tests {
         let fake = Fake::new();
         fake.start(7, 500, "/bin/a");
         let mut processes = fake.processes();
-        assert_eq!(processes.describe(&task(7, 500, "one")).comm, "one");
-        assert_eq!(processes.describe(&task(7, 500, "two")).comm, "two");
+        assert_eq!(processes.describe_now(&task(7, 500, "one")).comm, "one");
+        assert_eq!(processes.describe_now(&task(7, 500, "two")).comm, "two");
     }
 
     #[test]
     fn a_new_name_lends_no_executable_to_the_old_one() {
         let fake = Fake::new();
         fake.start(7, 500, "/usr/bin/curl");
-        let process = fake.processes().describe(&task(7, 500, "sh"));
+        let process = fake.processes().describe_now(&task(7, 500, "sh"));
         assert_eq!((process.exe, process.container.as_deref()), (None, Some("0123456789ab")));
     }
 
@@ -385,9 +388,9 @@ mod tests {
         let fake = Fake::new();
         let mut processes = fake.processes();
         fake.start(7, 501, "/bin/newcomer");
-        let process = processes.describe(&task(7, 500, "dead"));
+        let process = processes.describe_now(&task(7, 500, "dead"));
         assert_eq!((process.exe, process.cgroup, process.container), (None, None, None));
-        assert_eq!(processes.describe(&task(7, 501, "newcomer")).exe.as_deref(), Some("/bin/newcomer"));
+        assert_eq!(processes.describe_now(&task(7, 501, "newcomer")).exe.as_deref(), Some("/bin/newcomer"));
     }
 
     #[test]
@@ -395,15 +398,15 @@ mod tests {
         let fake = Fake::new();
         let mut processes = fake.processes();
         fake.start(7, 500, "/bin/a");
-        processes.describe(&task(7, 500, "a"));
+        processes.describe_now(&task(7, 500, "a"));
         fake.end(7);
-        assert_eq!(processes.describe(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
+        assert_eq!(processes.describe_now(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
         // It may have called `execve` before it ended; its container is the same.
-        let renamed = processes.describe(&task(7, 500, "renamed"));
+        let renamed = processes.describe_now(&task(7, 500, "renamed"));
         assert_eq!((renamed.exe, renamed.container.as_deref()), (None, Some("0123456789ab")));
-        assert_eq!(processes.describe(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
+        assert_eq!(processes.describe_now(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
         fake.start(7, 900, "/bin/b");
-        assert_eq!(processes.describe(&task(7, 900, "b")).exe.as_deref(), Some("/bin/b"));
+        assert_eq!(processes.describe_now(&task(7, 900, "b")).exe.as_deref(), Some("/bin/b"));
     }
 
     #[test]
@@ -412,16 +415,16 @@ mod tests {
         let mut processes = fake.processes();
         processes.believed = Duration::ZERO;
         fake.start(7, 500, "/bin/a");
-        assert_eq!(processes.describe(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
+        assert_eq!(processes.describe_now(&task(7, 500, "a")).exe.as_deref(), Some("/bin/a"));
         let directory = fake.0.path().join("7");
         fs::remove_file(directory.join("exe")).expect("removed");
         fs::write(directory.join("stat"), stat("a", 500).replace("4194560", "4194564")).expect("stat");
         fs::write(directory.join("cgroup"), "2:cpu:/\n0::/\n").expect("cgroup");
         for _ in 0..2 {
-            let process = processes.describe(&task(7, 500, "a"));
+            let process = processes.describe_now(&task(7, 500, "a"));
             assert_eq!((process.exe.as_deref(), process.container.as_deref()), (Some("/bin/a"), Some("0123456789ab")));
         }
-        let unknown = fake.processes().describe(&task(7, 500, "a"));
+        let unknown = fake.processes().describe_now(&task(7, 500, "a"));
         assert_eq!((unknown.exe, unknown.cgroup), (None, None));
     }
 
@@ -430,9 +433,9 @@ mod tests {
         let fake = Fake::new();
         let mut processes = fake.processes();
         fake.start(7, 500, "/bin/sh");
-        assert_eq!(processes.describe(&task(7, 500, "sh")).exe.as_deref(), Some("/bin/sh"));
+        assert_eq!(processes.describe_now(&task(7, 500, "sh")).exe.as_deref(), Some("/bin/sh"));
         fake.start(7, 500, "/usr/bin/curl");
-        assert_eq!(processes.describe(&task(7, 500, "curl")).exe.as_deref(), Some("/usr/bin/curl"));
+        assert_eq!(processes.describe_now(&task(7, 500, "curl")).exe.as_deref(), Some("/usr/bin/curl"));
     }
 
     #[test]
@@ -440,11 +443,11 @@ mod tests {
         let fake = Fake::new();
         let mut processes = fake.processes();
         fake.start(7, 500, "/opt/one/server");
-        assert_eq!(processes.describe(&task(7, 500, "server")).exe.as_deref(), Some("/opt/one/server"));
+        assert_eq!(processes.describe_now(&task(7, 500, "server")).exe.as_deref(), Some("/opt/one/server"));
         fake.start(7, 500, "/opt/two/server");
-        assert_eq!(processes.describe(&task(7, 500, "server")).exe.as_deref(), Some("/opt/one/server"));
+        assert_eq!(processes.describe_now(&task(7, 500, "server")).exe.as_deref(), Some("/opt/one/server"));
         processes.believed = Duration::ZERO;
-        assert_eq!(processes.describe(&task(7, 500, "server")).exe.as_deref(), Some("/opt/two/server"));
+        assert_eq!(processes.describe_now(&task(7, 500, "server")).exe.as_deref(), Some("/opt/two/server"));
     }
 
     #[test]
@@ -452,19 +455,19 @@ mod tests {
         let fake = Fake::new();
         let mut processes = fake.processes();
         // A process that is not there.
-        processes.describe(&task(7, 500, "a"));
+        processes.describe_now(&task(7, 500, "a"));
         assert_eq!(processes.cache.len(), 1);
         // One that is there and cannot be read: EISDIR is as good an error as EACCES, which root does not get.
         fake.start(8, 500, "/bin/b");
         let cgroup = fake.0.path().join("8/cgroup");
         fs::remove_file(&cgroup).expect("removed");
         fs::create_dir(&cgroup).expect("a directory");
-        let process = processes.describe(&task(8, 500, "b"));
+        let process = processes.describe_now(&task(8, 500, "b"));
         assert_eq!((process.exe.as_deref(), process.cgroup), (Some("/bin/b"), None));
         assert_eq!(processes.cache.len(), 1);
         fs::remove_dir(&cgroup).expect("removed");
         fs::write(&cgroup, "0::/now\n").expect("cgroup");
-        assert_eq!(processes.describe(&task(8, 500, "b")).cgroup.as_deref(), Some("/now"));
+        assert_eq!(processes.describe_now(&task(8, 500, "b")).cgroup.as_deref(), Some("/now"));
         assert_eq!(processes.cache.len(), 2);
     }
 
@@ -478,7 +481,7 @@ mod tests {
         let mut processes = fake.processes();
         for pid in 1..=PROCESSES {
             let name = if pid == 1 { "init" } else { "last" };
-            let exe = processes.describe(&task(pid, 500, name)).exe;
+            let exe = processes.describe(&task(pid, 500, name), Instant::now()).exe.clone();
             assert_eq!(exe.is_some(), pid == 1 || pid == PROCESSES, "{pid}");
             assert!(processes.cache.len() <= CACHED.get(), "after {pid}");
         }
@@ -486,8 +489,8 @@ mod tests {
         // One that was dropped is looked up anew, and one that was kept is known after its end.
         fake.end(1);
         fake.end(PROCESSES);
-        assert_eq!(processes.describe(&task(1, 500, "init")).exe, None);
-        assert_eq!(processes.describe(&task(PROCESSES, 500, "last")).exe.as_deref(), Some("/bin/last"));
+        assert_eq!(processes.describe(&task(1, 500, "init"), Instant::now()).exe, None);
+        assert_eq!(processes.describe(&task(PROCESSES, 500, "last"), Instant::now()).exe.as_deref(), Some("/bin/last"));
     }
 
     #[test]
@@ -495,7 +498,7 @@ mod tests {
         let fake = Fake::new();
         let mut processes = fake.processes();
         for pid in 1..=CACHED.get() as u32 + 10 {
-            processes.describe(&task(pid, 1, "x"));
+            processes.describe_now(&task(pid, 1, "x"));
         }
         assert_eq!(processes.cache.len(), CACHED.get());
     }
@@ -506,7 +509,7 @@ mod tests {
         let stat = fs::read(format!("/proc/{pid}/stat")).expect("stat");
         let ticks = start_ticks(&stat).expect("a start time");
         let comm = fs::read_to_string("/proc/self/comm").expect("comm");
-        let process = Processes::new().describe(&task(pid, ticks, comm.trim_end()));
+        let process = Processes::new().describe_now(&task(pid, ticks, comm.trim_end()));
         assert_eq!(process.exe, Some(std::env::current_exe().expect("a path").to_string_lossy().into_owned()));
     }
 
@@ -527,7 +530,7 @@ mod tests {
         let fake = Fake::new();
         let mut odd = task(7, 1, "");
         odd.comm = *b"a\xff\x1b[31mbcdefghij";
-        assert_eq!(fake.processes().describe(&odd).comm, "a\u{fffd}\u{1b}[31mbcdefghij");
+        assert_eq!(fake.processes().describe_now(&odd).comm, "a\u{fffd}\u{1b}[31mbcdefghij");
     }
 
     #[test]

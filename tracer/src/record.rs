@@ -13,6 +13,7 @@ use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::{
     Alert, Cause, Close, ClosedBy, Event, Family, Final, FinalSource, How, Http, Lost, Process, Protocol, Role, Start,
-    State, StateAt, TcpState,
+    State, StateAt, TcpState, shared,
 };
 use crate::sink::summary::Missed;
 
@@ -82,9 +83,11 @@ struct CloseEntry {
     local: SocketAddr,
     remote: SocketAddr,
     role: Role,
-    process: Option<Process>,
+    #[serde(with = "shared")]
+    process: Option<Arc<Process>>,
     closed_by: ClosedBy,
-    closer: Option<Process>,
+    #[serde(with = "shared")]
+    closer: Option<Arc<Process>>,
     how: Option<How>,
     fate: Option<Final>,
     fate_source: Option<FinalSource>,
@@ -110,7 +113,8 @@ struct StateEntry {
     local: SocketAddr,
     remote: SocketAddr,
     role: Role,
-    process: Option<Process>,
+    #[serde(with = "shared")]
+    process: Option<Arc<Process>>,
     old: TcpState,
     new: TcpState,
     delta_us: Option<u64>,

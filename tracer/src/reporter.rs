@@ -1,9 +1,10 @@
-//! Events and requests in, lines on stdout out: what the writing thread does.
+//! Events and requests in, lines out, in memory: what is done with an event once it is known.
 //!
-//! It counts closes for the summary as it prints them, records them if that is wanted, answers requests for a summary, and
-//! watches the limits of alerts. It may block on stdout, and nothing else.
+//! It counts closes for the summary as it formats them, records them if that is wanted, answers requests for a summary, and
+//! watches the limits of alerts. It must never wait: it runs in the thread that reads the ring buffer, so that an event is
+//! made, formatted and freed by one thread, while it is in that CPU's cache. Another thread has the lines to write.
 
-use std::io::{self, Write as _};
+use std::io;
 use std::time::{Duration, Instant};
 
 use crate::alert::{Alerts, Watch};
@@ -23,7 +24,7 @@ pub struct Wanted {
     pub watch: Watch,
 }
 
-/// What the writing thread is asked for.
+/// What is asked for besides.
 #[derive(Clone, Copy, Debug)]
 pub enum Ask {
     /// To look whether an alert is due. Comes once a second.
@@ -34,16 +35,7 @@ pub enum Ask {
     Now,
 }
 
-/// What the writing thread is given at a time. Empty: what is recorded is to be written to the file.
-#[derive(Debug, Default)]
-pub struct Batch {
-    /// To be printed.
-    pub events: Vec<Event>,
-    /// To be done then.
-    pub ask: Option<(Ask, Moment)>,
-}
-
-/// The writing end of a run.
+/// Where the events of a run go.
 #[derive(Debug)]
 pub struct Reporter {
     sink: Sink,
@@ -68,18 +60,20 @@ impl Reporter {
         Self { sink, summary, summary_only: wanted.summary_only, alerts, recording, began }
     }
 
-    /// Prints and does what is asked for.
+    /// Appends the lines of these events, and then of what is asked for.
     ///
     /// # Errors
-    /// Those of stdout.
-    pub fn take(&mut self, batch: &Batch) -> io::Result<()> {
-        self.record(&batch.events);
-        self.print(&batch.events)?;
-        match &batch.ask {
+    /// An event cannot be printed.
+    pub fn take(&mut self, events: &[Event], ask: Option<(Ask, Moment)>, lines: &mut Vec<u8>) -> io::Result<()> {
+        if !events.is_empty() {
+            self.record(events);
+            self.print(events, lines)?;
+        }
+        match ask {
             None => Ok(()),
-            Some((Ask::Check, moment)) => self.check(moment),
-            Some((Ask::Every, moment)) => self.summarize(About::SinceLast, moment),
-            Some((Ask::Now, moment)) => self.summarize(About::Recent, moment),
+            Some((Ask::Check, moment)) => self.check(&moment, lines),
+            Some((Ask::Every, moment)) => self.summarize(About::SinceLast, &moment, lines),
+            Some((Ask::Now, moment)) => self.summarize(About::Recent, &moment, lines),
         }
     }
 
@@ -90,11 +84,11 @@ impl Reporter {
         }
     }
 
-    /// Prints the last summary, if nothing has failed to be `printed` so far.
+    /// Appends the last summary.
     ///
     /// # Errors
-    /// Those of stdout.
-    pub fn finish(&mut self, printed: io::Result<()>, moment: &Moment) -> io::Result<()> {
+    /// It cannot be printed.
+    pub fn finish(&mut self, moment: &Moment, lines: &mut Vec<u8>) -> io::Result<()> {
         if let Some(recording) = &mut self.recording {
             recording.end(&End {
                 time: moment.time,
@@ -103,7 +97,7 @@ impl Reporter {
                 time_wait_sockets: moment.time_wait_sockets,
             });
         }
-        printed.and_then(|()| self.summarize(About::Run, moment))
+        self.summarize(About::Run, moment, lines)
     }
 
     /// Waits until all is recorded; answers whether it is, or there was nothing to do.
@@ -111,27 +105,23 @@ impl Reporter {
         self.recording.is_none_or(Recording::finish)
     }
 
-    fn summarize(&mut self, about: About, moment: &Moment) -> io::Result<()> {
+    fn summarize(&mut self, about: About, moment: &Moment, lines: &mut Vec<u8>) -> io::Result<()> {
         let summary = self.summary.summary(about, moment);
-        self.print(&[Event::Summary(Box::new(summary))])
+        self.print(&[Event::Summary(Box::new(summary))], lines)
     }
 
-    fn print(&mut self, events: &[Event]) -> io::Result<()> {
-        if events.is_empty() {
-            return Ok(());
-        }
-        let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
+    fn print(&mut self, events: &[Event], lines: &mut Vec<u8>) -> io::Result<()> {
         for event in events {
             self.summary.event(event);
             if self.summary_only && matches!(event, Event::Close(_) | Event::CloseWait(_) | Event::State(_)) {
                 continue;
             }
-            self.sink.event(event, &mut out)?;
+            self.sink.event(event, lines)?;
         }
-        out.flush()
+        Ok(())
     }
 
-    fn check(&mut self, moment: &Moment) -> io::Result<()> {
+    fn check(&mut self, moment: &Moment, lines: &mut Vec<u8>) -> io::Result<()> {
         self.summary.pass(moment.now);
         let changes = self.alerts.check(moment.now, moment.time_wait_sockets, self.summary.time_wait());
         if changes.is_empty() {
@@ -154,13 +144,12 @@ impl Reporter {
                 }))
             })
             .collect();
-        // First: stdout may block.
         if self.alerts.has_command() && changes.iter().any(|change| change.state == AlertState::Raised) {
             let mut json = Vec::new();
             Json::default().event(&Event::Summary(Box::new(summary)), &mut json)?;
             self.alerts.run(&json);
         }
         self.record(&alerts);
-        self.print(&alerts)
+        self.print(&alerts, lines)
     }
 }

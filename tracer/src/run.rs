@@ -1,8 +1,10 @@
 //! `tracer run`: wires the steps together and ends them in order.
 //!
-//! Two threads. This one reads the ring buffer and turns records into events; the other formats and writes them. Between
+//! Two threads. This one reads the ring buffer and turns records into lines; the other, in [`writer`], writes them. Between
 //! them is a bounded queue: when stdout is not read, this thread stops reading, the ring buffer fills, and the programs
 //! count what they lose. The traced host is never blocked, and a signal is always heard.
+
+mod writer;
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
@@ -15,7 +17,6 @@ use jiff::Timestamp;
 use log::warn;
 use tokio::io::Interest;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
 
 use crate::broker::Broker;
 use crate::connection::Connections;
@@ -29,12 +30,13 @@ use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
 use crate::record::{self, Recording};
-use crate::reporter::{self, Batch, Reporter, Wanted};
+use crate::reporter::{self, Reporter, Wanted};
 use crate::ring::{Ring, watch};
 use crate::sandbox::{self, Part};
 use crate::sink::Sink;
 use crate::sink::summary::{Missed, Moment};
 use crate::time_wait::{self, SockDiag};
+use writer::Writer;
 
 /// What to trace, and how to print it.
 pub struct Options {
@@ -62,14 +64,8 @@ pub struct Options {
     pub record: Option<record::Target>,
 }
 
-/// Batches of events on their way to the writer.
-const QUEUE: usize = 64;
 /// Records that are turned into one batch.
 const BATCH: usize = 1024;
-/// How long the writer may take to print the rest after the end.
-const GRACE: Duration = Duration::from_secs(2);
-/// How often the writer is asked again to write what is to be recorded, if it was busy.
-const FLUSH_AGAIN: Duration = Duration::from_millis(50);
 /// How often losses are looked for.
 const LOSS_CHECK: Duration = Duration::from_secs(1);
 
@@ -129,15 +125,16 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
 
     let sockstat = Sockstat::open();
     let time_wait_max = time_wait_max();
+    writer::widen_stdout();
+    return_memory();
     // Last before the first thread, and before the first record is read: from here on no file can be opened.
     if options.sandbox {
         sandbox::confine(Part::Reader { ends_children: options.ends_children })?;
     }
-    let (queue, batches) = mpsc::channel::<Batch>(QUEUE);
     let records = recording.is_some();
     let every = options.wanted.every;
-    let reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
-    let writer = Writer::start(reporter, batches, records)?;
+    let mut reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
+    let writer = Writer::start()?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -170,14 +167,24 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     tokio::pin!(end);
 
     let mut events = vec![start];
-    // When what was sent must be in the recording.
+    // What was made of them, on its way to the writer.
+    let mut lines = Vec::new();
+    // When what was recorded must be in the file.
     let mut flush_at = None;
-    // What the writer is asked for, behind these.
+    // What is asked for, behind these events.
     let mut ask = None;
     let outcome = loop {
         books.sift(&options.filter, &mut events);
+        books.sent(&events);
+        if records && !events.is_empty() {
+            flush_at = flush_at.or_else(|| Some(Instant::now() + record::FLUSH_AFTER));
+        }
+        if let Err(error) = reporter.take(&events, ask.take(), &mut lines) {
+            break Err(error.into());
+        }
+        events.clear();
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
-        let full = !events.is_empty() || ask.is_some();
+        let full = !lines.is_empty();
         let poll_at = connections.next_poll();
         tokio::select! {
             biased;
@@ -185,14 +192,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             _ = terminate.recv() => break Ok(()),
             () = &mut end => break Ok(()),
             () = &mut closed => break Ok(()),
-            permit = queue.reserve(), if full => match permit {
-                Ok(permit) => {
-                    books.sent(&events);
-                    permit.send(Batch { events: std::mem::take(&mut events), ask: ask.take() });
-                    flush_at = flush_at.or_else(|| records.then(|| Instant::now() + record::FLUSH_AFTER));
-                }
+            sent = writer.send(&mut lines), if full => if sent.is_err() {
                 // The writer has ended: stdout is closed, or failed; it says which.
-                Err(_) => break Ok(()),
+                break Ok(());
             },
             _ = summary_wanted.recv(), if !full => {
                 let ledger = Some(books.ledger(&kernel, &connections)?);
@@ -221,8 +223,8 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
                 connections.poll(Instant::now(), &mut events);
             }
             () = until(flush_at), if flush_at.is_some() => {
-                // An empty batch asks for it.
-                flush_at = queue.try_send(Batch::default()).is_err().then(|| Instant::now() + FLUSH_AGAIN);
+                reporter.record(&[]);
+                flush_at = None;
             }
             _ = close_wait_check.tick(), if !full => {
                 if let Err(error) = kernel.look_for_close_wait() {
@@ -258,8 +260,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     books.sent(&events);
     let ledger = books.close(&rows, &connections, reconciled);
     let complaint = options.strict.then(|| ledger::complaint(&ledger, losses.missed.lost)).flatten();
-    let moment = moment(losses.missed, &sockstat, Some(ledger));
-    writer.end(queue, events, moment, options.strict).await?;
+    reporter.take(&events, None, &mut lines)?;
+    reporter.finish(&moment(losses.missed, &sockstat, Some(ledger)), &mut lines)?;
+    writer.end(lines, reporter, records, options.strict).await?;
     outcome.and_then(|()| complaint.map_or(Ok(()), |why| Err(Refusal::unaccounted(&why).into())))
 }
 
@@ -333,6 +336,15 @@ impl Books {
         let compared = self.witness.as_ref()?.compare(attempts, || kernel.ledger());
         compared.inspect_err(|error| warn!("the kernel's own counters cannot be read any more: {error:#}")).ok()
     }
+}
+
+/// Gives back what the start took and nobody needs any more: the kernel's types, most of all. The allocator would keep it.
+fn return_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it only looks at what is free.
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 /// How often all sockets are looked at, if those are wanted that have been in CLOSE_WAIT for `after`: so that they are
@@ -441,72 +453,6 @@ fn moment(missed: Missed, sockstat: &Sockstat, ledger: Option<Box<Ledger>>) -> M
 pub fn ignore_usr1() {
     // SAFETY: it is a signal that can be ignored, and no handler is set that could do something wrong.
     unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
-}
-
-/// The thread that formats, records and writes.
-struct Writer {
-    thread: std::thread::JoinHandle<(Reporter, io::Result<()>)>,
-    /// Whether it is recorded, too.
-    records: bool,
-}
-
-impl Writer {
-    fn start(mut reporter: Reporter, mut batches: mpsc::Receiver<Batch>, records: bool) -> io::Result<Self> {
-        let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
-            let mut printed = Ok(());
-            while let Some(batch) = batches.blocking_recv() {
-                if printed.is_ok() {
-                    printed = reporter.take(&batch);
-                } else {
-                    reporter.record(&batch.events);
-                }
-                if printed.is_err() {
-                    // Nothing more is sent, and tracing ends; what is on its way is still recorded.
-                    batches.close();
-                }
-            }
-            (reporter, printed)
-        })?;
-        Ok(Self { thread, records })
-    }
-
-    /// Prints the rest and the summary, unless stdout is closed or nobody reads it.
-    /// Where that cannot be done, it is a failure if that is `strict`.
-    async fn end(self, queue: mpsc::Sender<Batch>, rest: Vec<Event>, moment: Moment, strict: bool) -> Result<()> {
-        let Self { thread, records } = self;
-        let finish = tokio::task::spawn_blocking(move || {
-            // Fails only where stdout has failed, which is said below; it is still recorded.
-            let unsent = queue.blocking_send(Batch { events: rest, ask: None }).err().map(|unsent| unsent.0.events);
-            drop(queue);
-            let (mut reporter, printed) = thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
-            reporter.record(&unsent.unwrap_or_default());
-            let printed = reporter.finish(printed, &moment);
-            // Last, as the disk may not answer.
-            let recorded = reporter.finish_recording();
-            Ok::<_, io::Error>((recorded, printed))
-        });
-        match tokio::time::timeout(GRACE, finish).await {
-            Ok(done) => {
-                let (recorded, printed) = done??;
-                match printed {
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                    printed => printed.context("cannot write to stdout")?,
-                }
-                if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
-            }
-            Err(_) => {
-                let code = match (records, strict) {
-                    (true, _) => preflight::exit::INCOMPLETE,
-                    (false, true) => preflight::exit::UNACCOUNTED,
-                    (false, false) => preflight::exit::SUCCESS,
-                };
-                let nor = if records { ", or the recording not written," } else { "" };
-                warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
-                // The writer is stuck in a write; nothing else is left to be done.
-                std::process::exit(code.into());
-            }
-        }
-    }
 }
 
 /// Whether a refusal is behind this error, and with which exit code.

@@ -3,6 +3,7 @@
 //! Pure functions: no I/O, no clock, no state. Each cause of the closed set is one rule, and the first that fits wins.
 //! What was not observed never counts as absent: a rule that needs it does not fit, and in the end the cause is unknown.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use crate::decode::Socket;
@@ -435,14 +436,14 @@ const fn closing_side(close: &Close) -> Option<Side> {
 
 /// A few words for who has to change what, where somebody can. They may hold bytes from the network: escape before
 /// showing.
-pub fn advice(close: &Close) -> Option<String> {
+pub fn advice(close: &Close) -> Option<Cow<'static, str>> {
     let side = closing_side(close);
     let established = close.started_before || close.states.iter().any(|at| at.state == TcpState::Established);
     let fixed = match close.cause {
         Cause::RequestClose => "client asked: Connection: close",
         Cause::ResponseClose => return Some(response_close_advice(close)),
         Cause::Http10 => http10_advice(close),
-        Cause::IdleTimeout => return Some(idle_advice(close, side)),
+        Cause::IdleTimeout => return Some(idle_advice(close, side).into()),
         Cause::NoReuse => match side {
             Some(Side::Server) => "server closed, nobody asked",
             Some(Side::Client) => "client did not reuse the connection",
@@ -451,12 +452,14 @@ pub fn advice(close: &Close) -> Option<String> {
         Cause::Timeout if established => "peer no longer answered",
         Cause::Timeout => "connection attempt timed out",
         Cause::ResetByPeer if !established => "connection refused",
-        Cause::ResetByPeer if is_unanswered(close) => return Some(format!("reset by peer, {}", no_answer(close))),
+        Cause::ResetByPeer if is_unanswered(close) => {
+            return Some(format!("reset by peer, {}", no_answer(close)).into());
+        }
         Cause::ResetByPeer => "reset by peer",
         Cause::ResetByLocal => "closed with unread data or SO_LINGER 0",
         Cause::ProcessExit => "its process exited",
         Cause::Unused => "opened but never used",
-        Cause::Unanswered => return Some(no_answer(close)),
+        Cause::Unanswered => return Some(no_answer(close).into()),
         Cause::Truncated => match side {
             Some(Side::Server) => "server cut its response short",
             Some(Side::Client) => "client left before the response's end",
@@ -464,7 +467,7 @@ pub fn advice(close: &Close) -> Option<String> {
         },
         Cause::Tls | Cause::Upgraded | Cause::H2 | Cause::NotHttp | Cause::Unknown => return None,
     };
-    Some(fixed.to_owned())
+    Some(fixed.into())
 }
 
 /// The end that can change why the connection closed: the one that asked for it, that speaks HTTP/1.0, or that closed first
@@ -496,13 +499,13 @@ fn is_old_client(close: &Close) -> bool {
     })
 }
 
-fn response_close_advice(close: &Close) -> String {
+fn response_close_advice(close: &Close) -> Cow<'static, str> {
     let http = close.http.as_ref();
     match http.and_then(|http| http.status) {
-        _ if is_old_client(close) => "HTTP/1.0 client, no keep-alive".to_owned(),
+        _ if is_old_client(close) => "HTTP/1.0 client, no keep-alive".into(),
         // An error is often the reason that the server gives the connection up.
-        Some(status) if status >= 400 => format!("server answered {status}: Connection: close"),
-        _ => "server answered: Connection: close".to_owned(),
+        Some(status) if status >= 400 => format!("server answered {status}: Connection: close").into(),
+        _ => "server answered: Connection: close".into(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -91,7 +92,7 @@ fn close(n: u64) -> Close {
         local: "10.0.0.7:8080".parse().expect("an address"),
         remote: format!("10.1.{}.{}:{remote_port}", mix(7) % 4, mix(8) % 250).parse().expect("an address"),
         role: Role::Server,
-        process: Some(process(1_000 + worker as u32, workers[(worker % 4) as usize])),
+        process: Some(process(1_000 + worker as u32, workers[(worker % 4) as usize]).into()),
         closed_by,
         closer: None,
         how: Some(if fate == Final::Reset { How::Rst } else { How::Fin }),
@@ -148,7 +149,8 @@ fn of_all_kinds() -> Vec<Event> {
             close.family = Family::Ipv6;
             (close.local, close.remote) =
                 ("[::1]:65535".parse().expect("an address"), "[2001:db8::ffff]:1".parse().expect("an address"));
-            close.closer = Some(Process { container: Some("0123456789ab".to_owned()), ..process(7, "closer") });
+            let container = Some("0123456789ab".to_owned());
+            close.closer = Some(Process { container, ..process(7, "closer") }.into());
             close.states[0].at_us = i64::MIN;
             (close.rx_bytes, close.tx_bytes, close.duration_us) = (u64::MAX, 0, u64::MAX);
             let http = close.http.as_mut().expect("HTTP");
@@ -174,7 +176,7 @@ fn of_all_kinds() -> Vec<Event> {
             local: "127.0.0.1:1".parse().expect("an address"),
             remote: "127.0.0.1:2".parse().expect("an address"),
             role: Role::Client,
-            process: Some(process(1, "systemd")),
+            process: Some(process(1, "systemd").into()),
             old: TcpState::SynSent,
             new: TcpState::Established,
             delta_us: None,
@@ -457,7 +459,7 @@ impl Kept {
 fn two_services() -> Vec<Event> {
     let of = |n: u64, pid: u32, comm: &str, port: u16| {
         let mut close = close(n);
-        close.process = Some(process(pid, comm));
+        close.process = Some(process(pid, comm).into());
         close.local.set_port(port);
         Event::Close(Box::new(close))
     };
@@ -661,7 +663,7 @@ fn nothing_foreign_gets_into_a_page_as_it_is() {
             }
             Event::Close(close) | Event::CloseWait(close) => {
                 for process in [&mut close.process, &mut close.closer].into_iter().flatten() {
-                    hostile.clone_into(&mut process.comm);
+                    hostile.clone_into(&mut Arc::make_mut(process).comm);
                 }
                 if let Some(http) = &mut close.http {
                     (http.method, http.target) = (Some(hostile.to_owned()), Some(hostile.to_owned()));
@@ -695,7 +697,8 @@ fn a_page_stays_below_five_megabytes() {
             close.remote.set_ip(std::net::Ipv6Addr::from(u128::from(n) << 64 | 0x2001).into());
             let mut foreign = process(n as u32, "x");
             long.clone_into(&mut foreign.comm);
-            (close.process, close.closer) = (Some(foreign.clone()), Some(foreign));
+            let foreign = Arc::new(foreign);
+            (close.process, close.closer) = (Some(Arc::clone(&foreign)), Some(foreign));
             let http = close.http.as_mut().expect("HTTP");
             (http.method, http.target) = (Some(long.clone()), Some(long.clone()));
             Event::Close(Box::new(close))

@@ -1,4 +1,5 @@
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use clap::{CommandFactory as _, Parser as _};
 use proptest::prelude::*;
@@ -246,7 +247,7 @@ const NETWORKS: [&str; 11] = [
     "::fffe:0:0/95",
 ];
 
-fn process() -> impl Strategy<Value = Option<Process>> {
+fn process() -> impl Strategy<Value = Option<Arc<Process>>> {
     let cgroup = proptest::option::of(select(&CGROUPS[..]));
     let some = (1..4_u32, select(&COMMS[..]), cgroup).prop_map(|(pid, comm, cgroup)| Process {
         pid,
@@ -257,7 +258,7 @@ fn process() -> impl Strategy<Value = Option<Process>> {
         container: None,
         source: Source::Read,
     });
-    proptest::option::of(some)
+    proptest::option::of(some.prop_map(Arc::new))
 }
 
 fn end() -> impl Strategy<Value = SocketAddr> {

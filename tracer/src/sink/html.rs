@@ -395,7 +395,7 @@ impl Page {
         self.total.add(close);
         // Processes of one name in one cgroup are one, as in the summary.
         let program = |process: &Process| (process.comm.clone(), process.cgroup.clone());
-        self.processes.add(close.process.as_ref().map(program), close);
+        self.processes.add(close.process.as_deref().map(program), close);
         self.peers.add(close.remote.ip(), close);
         if let Some(us) = closing_us(close) {
             self.slowest.add(us, || ranked_row(&self.zone, us, close));
@@ -417,7 +417,8 @@ impl Page {
         let fate = close.fate.unwrap_or(Final::Unknown);
         let inferred = close.fate_source == Some(FinalSource::Inferred) && fate != Final::Unknown;
         let advice = verdict::advice(close);
-        let _ = write!(self.rows, "<tr><td>{}<td>{}", Time(close.time, &self.zone), Named::of(close.process.as_ref()),);
+        let _ =
+            write!(self.rows, "<tr><td>{}<td>{}", Time(close.time, &self.zone), Named::of(close.process.as_deref()),);
         if let Some(closer) = &close.closer {
             let _ = write!(self.rows, ", closed by {}", Named::of(Some(closer)));
         }
@@ -440,7 +441,7 @@ impl Page {
         format!(
             "<tr><td class=t>{}<td>{}<td>{}<td class=n>{}<td>{}\n",
             Time(open.time, &self.zone),
-            Named::of(open.process.as_ref()),
+            Named::of(open.process.as_deref()),
             Socket(open),
             elapsed(open.duration_us.saturating_sub(since_us)),
             Request(open.http.as_ref()),
@@ -833,7 +834,7 @@ fn ranked_row(zone: &TimeZone, us: u64, close: &Close) -> String {
         "<tr><td class=n>{}<td class=t>{}<td>{}<td>{}<td>{}<td>{}<td>{}\n",
         elapsed(us),
         Time(close.time, zone),
-        Named::of(close.process.as_ref()),
+        Named::of(close.process.as_deref()),
         Socket(close),
         closed_by_word(close.closed_by),
         cause_word(close.cause),

@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::escape::fit;
+use super::ipv4;
 use crate::event::{
     Cause, Close, ClosedBy, Connection, Event, Final, FinalSource, Http, Lost, Process, Role, State, TcpState,
 };
@@ -116,7 +117,7 @@ impl Text {
     fn close(&mut self, close: &Close) {
         self.time(close.time);
         let line = &mut self.line;
-        line.begin(close.process.as_ref(), close.role, close.local, close.remote);
+        line.begin(close.process.as_deref(), close.role, close.local, close.remote);
         line.put(closed_by_word(close.closed_by));
         line.stop(column::FINAL);
         let fate = close.fate.unwrap_or(Final::Unknown);
@@ -149,7 +150,7 @@ impl Text {
     fn close_wait(&mut self, open: &Close) {
         self.time(open.time);
         let line = &mut self.line;
-        line.begin(open.process.as_ref(), open.role, open.local, open.remote);
+        line.begin(open.process.as_deref(), open.role, open.local, open.remote);
         line.put(closed_by_word(open.closed_by));
         line.stop(column::FINAL);
         line.style(ALARM, |line| line.put("close_wait"));
@@ -166,7 +167,7 @@ impl Text {
     fn state(&mut self, state: &State) {
         self.time(state.time);
         let line = &mut self.line;
-        line.begin(state.process.as_ref(), state.role, state.local, state.remote);
+        line.begin(state.process.as_deref(), state.role, state.local, state.remote);
         line.put(if state.closed_by == ClosedBy::None { "-" } else { closed_by_word(state.closed_by) });
         line.stop(column::FINAL);
         let style = if state.new == TcpState::TimeWait { TIME_WAIT } else { DIM };
@@ -235,8 +236,12 @@ impl Line {
 
     /// Spaces up to a column, at least one.
     fn stop(&mut self, column: usize) {
+        const SPACES: &str = match std::str::from_utf8(&[b' '; WIDTH]) {
+            Ok(spaces) => spaces,
+            Err(_) => "",
+        };
         let spaces = column.saturating_sub(self.column).max(1).min(WIDTH - self.column);
-        self.text.extend(std::iter::repeat_n(' ', spaces));
+        self.text.push_str(SPACES.get(..spaces).unwrap_or(SPACES));
         self.column += spaces;
     }
 
@@ -264,23 +269,30 @@ impl Line {
         self.stop(column::SOCKET);
         // Numbers and addresses only: they fit, and need no escaping.
         let start = self.text.len();
-        let arrow = match role {
-            Role::Server => '<',
-            Role::Client => '>',
-            Role::Unknown => '-',
-        };
-        let port = remote.port();
-        let _ = match remote.ip() {
-            IpAddr::V4(ip) => write!(self.text, ":{} {arrow} {ip}:{port}", local.port()),
-            IpAddr::V6(ip) => write!(self.text, ":{} {arrow} [{ip}]:{port}", local.port()),
-        };
+        self.text.push(':');
+        self.text.push_str(itoa::Buffer::new().format(local.port()));
+        self.text.push_str(match role {
+            Role::Server => " < ",
+            Role::Client => " > ",
+            Role::Unknown => " - ",
+        });
+        match remote.ip() {
+            IpAddr::V4(ip) => ipv4(ip, |part| self.text.push_str(part)),
+            IpAddr::V6(ip) => {
+                // Writing to a string does not fail.
+                let _ = write!(self.text, "[{ip}]");
+            }
+        }
+        self.text.push(':');
+        self.text.push_str(itoa::Buffer::new().format(remote.port()));
         self.column += self.text.len() - start;
         self.stop(column::CLOSED);
     }
 
     fn process(&mut self, process: &Process) {
         let begin = self.column;
-        self.put(&format!("{}/", process.pid));
+        self.put(itoa::Buffer::new().format(process.pid));
+        self.put("/");
         self.put_within(&process.comm, (begin + PROCESS_WIDTH).saturating_sub(self.column));
     }
 
@@ -291,9 +303,10 @@ impl Line {
         if room < REQUEST_MIN {
             return;
         }
-        let end = http.status.map_or(" -)".to_owned(), |status| format!(" {status})"));
+        let mut status_text = itoa::Buffer::new();
+        let status = http.status.map_or("-", |status| status_text.format(status));
         self.put(" (");
-        let last = WIDTH - end.len();
+        let last = WIDTH - (status.len() + 2);
         self.put_within(method, last - self.column);
         self.put_within(" ", last - self.column);
         // One column for the mark of a target that the record itself has cut.
@@ -304,7 +317,9 @@ impl Line {
         if http.target_truncated && !self.text[before..].ends_with('…') {
             self.put_within("…", last - self.column);
         }
-        self.put(&end);
+        self.put(" ");
+        self.put(status);
+        self.put(")");
     }
 }
 

@@ -125,7 +125,7 @@ fn close(socket: &Socket) -> Close {
 }
 
 fn advised(socket: &Socket) -> String {
-    advice(&close(socket)).unwrap_or_default()
+    advice(&close(socket)).unwrap_or_default().into_owned()
 }
 
 mod endings {

@@ -1,6 +1,7 @@
 //! Closes as traffic would give them in, summaries out.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use jiff::tz::TimeZone;
 
@@ -32,7 +33,7 @@ fn at_server(client: &str, requests: u32) -> Close {
         local: address(SERVER),
         remote: address(client),
         role: Role::Server,
-        process: Some(process(4711, "server")),
+        process: Some(process(4711, "server").into()),
         closed_by: ClosedBy::Local,
         closer: None,
         how: Some(How::Fin),
@@ -70,7 +71,7 @@ fn at_client(end: &Close, pid: u32, comm: &str) -> Close {
         local: end.remote,
         remote: end.local,
         role: Role::Client,
-        process: Some(process(pid, comm)),
+        process: Some(process(pid, comm).into()),
         closed_by: match end.closed_by {
             ClosedBy::Local => ClosedBy::Remote,
             ClosedBy::Remote => ClosedBy::Local,
@@ -224,7 +225,7 @@ fn many_process_ids_are_one_program() {
     let mut scene = Scene::new(false);
     for at in 0..1_000 {
         let mut end = at_server(&scene.client("10.0.0.9"), 1);
-        end.process = Some(process(4_000 + at % 4, "nginx"));
+        end.process = Some(process(4_000 + at % 4, "nginx").into());
         scene.ends(&end, true, 10_000 + at, "curl");
     }
     let summary = scene.summary(About::Run, 10);
@@ -239,7 +240,7 @@ fn many_process_ids_are_one_program() {
     );
     // The same name in another cgroup is another program.
     let mut end = at_server(&scene.client("10.0.0.9"), 1);
-    end.process.as_mut().expect("it has one").cgroup = Some("/system.slice/other.service".to_owned());
+    Arc::make_mut(end.process.as_mut().expect("it has one")).cgroup = Some("/system.slice/other.service".to_owned());
     scene.summarizer.close(&end);
     assert_eq!(scene.summary(About::Run, 11).groups.len(), 3);
 }
@@ -512,7 +513,7 @@ fn both_forms_of_a_key_are_one() {
     let mut unknown = at_server("10.0.0.9:1000", 1);
     (unknown.process, unknown.role) = (None, Role::Unknown);
     let mut nowhere = at_server("10.0.0.9:1000", 1);
-    nowhere.process.as_mut().expect("it has one").cgroup = None;
+    Arc::make_mut(nowhere.process.as_mut().expect("it has one")).cgroup = None;
     for close in [at_server("[::1]:1000", 1), unknown, nowhere] {
         let of = KeyOf::new(&close);
         let key = of.to_key();

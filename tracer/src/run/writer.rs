@@ -1,0 +1,126 @@
+//! Lines in, stdout out: the thread that may be held up by whoever reads it.
+//!
+//! Lines come in chunks, through a bounded queue, and each chunk goes out in one write. The buffers come back to be filled
+//! again. Nothing is formatted here, and nothing but stdout is waited for: what an event is made of never changes threads.
+
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::sync::mpsc as std_mpsc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use log::warn;
+use tokio::sync::mpsc;
+
+use crate::preflight::{self, Refusal};
+use crate::reporter::Reporter;
+
+/// Chunks on their way. Each holds what was made of at most so many records as are read at once.
+const QUEUE: usize = 64;
+/// Buffers that may wait to be filled again.
+const SPARE: usize = 2;
+/// A larger one is given back to the allocator.
+const SPARE_MAX: usize = 1 << 20;
+/// Bytes in the pipe to whoever reads stdout: as much as anybody may ask for (`/proc/sys/fs/pipe-max-size`).
+const PIPE: libc::c_int = 1 << 20;
+/// How long the writer may take to print the rest after the end.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The thread that writes.
+pub(super) struct Writer {
+    queue: mpsc::Sender<Vec<u8>>,
+    spare: std_mpsc::Receiver<Vec<u8>>,
+    thread: std::thread::JoinHandle<io::Result<()>>,
+}
+
+/// Stdout is closed, or failed: nothing more is written.
+pub(super) struct Ended;
+
+/// Makes room for more lines in the pipe that stdout may be: each time that it is full, the writer waits for the reader to be
+/// woken, and is woken itself.
+pub(super) fn widen_stdout() {
+    let stdout = io::stdout().as_raw_fd();
+    // SAFETY: no memory is passed, and stdout stays what it is.
+    let size = unsafe { libc::fcntl(stdout, libc::F_GETPIPE_SZ) };
+    // Negative: it is no pipe.
+    if (0..PIPE).contains(&size) {
+        // Refused where the user has many such pipes: then there are more wake-ups, and no more harm than that.
+        // SAFETY: as above.
+        unsafe { libc::fcntl(stdout, libc::F_SETPIPE_SZ, PIPE) };
+    }
+}
+
+impl Writer {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// There can be no more threads.
+    pub(super) fn start() -> io::Result<Self> {
+        let (queue, mut chunks) = mpsc::channel::<Vec<u8>>(QUEUE);
+        let (used, spare) = std_mpsc::sync_channel(SPARE);
+        let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
+            let mut out = io::stdout().lock();
+            while let Some(mut chunk) = chunks.blocking_recv() {
+                out.write_all(&chunk)?;
+                out.flush()?;
+                chunk.clear();
+                if chunk.capacity() <= SPARE_MAX {
+                    // There may be enough of them.
+                    let _ = used.try_send(chunk);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { queue, spare, thread })
+    }
+
+    /// Waits for room, and then takes the lines; leaves a buffer without any. May be dropped and called again: then none
+    /// were taken.
+    ///
+    /// # Errors
+    /// Nobody writes them any more.
+    pub(super) async fn send(&self, lines: &mut Vec<u8>) -> Result<(), Ended> {
+        let permit = self.queue.reserve().await.map_err(|_| Ended)?;
+        permit.send(std::mem::replace(lines, self.spare.try_recv().unwrap_or_default()));
+        Ok(())
+    }
+
+    /// Prints the last lines, unless stdout is closed or nobody reads it, and ends the recording.
+    ///
+    /// # Errors
+    /// Stdout failed; the recording (if it `records`) is incomplete. Where nobody reads the last lines the process ends here,
+    /// and that is a failure if it is `strict`.
+    pub(super) async fn end(self, lines: Vec<u8>, reporter: Reporter, records: bool, strict: bool) -> Result<()> {
+        let Self { queue, thread, .. } = self;
+        let finish = tokio::task::spawn_blocking(move || {
+            // Fails only where stdout has failed, which is said below.
+            let _ = queue.blocking_send(lines);
+            drop(queue);
+            let printed = thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
+            // Last, as the disk may not answer.
+            let recorded = reporter.finish_recording();
+            Ok::<_, io::Error>((recorded, printed))
+        });
+        match tokio::time::timeout(GRACE, finish).await {
+            Ok(done) => {
+                let (recorded, printed) = done??;
+                match printed {
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                    printed => printed.context("cannot write to stdout")?,
+                }
+                if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
+            }
+            Err(_) => {
+                let code = match (records, strict) {
+                    (true, _) => preflight::exit::INCOMPLETE,
+                    (false, true) => preflight::exit::UNACCOUNTED,
+                    (false, false) => preflight::exit::SUCCESS,
+                };
+                let nor = if records { ", or the recording not written," } else { "" };
+                warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
+                // The writer is stuck in a write; nothing else is left to be done.
+                std::process::exit(code.into());
+            }
+        }
+    }
+}
