@@ -156,7 +156,7 @@ fn pipeline(bencher: Bencher<'_, '_>, mut sink: Sink) {
     let mut port = 0_u16;
     bencher.bench_local(|| {
         port = port.wrapping_add(1);
-        if port % 512 == 0 {
+        if port.is_multiple_of(512) {
             lines.clear();
         }
         (ends[0].remote_port, ends[1].local_port) = (port, port);

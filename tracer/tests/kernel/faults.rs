@@ -80,20 +80,20 @@ fn killed_it_leaves_nothing(process: &mut Guard) {
 fn sigkill_at_any_moment_of_the_start() {
     let before = mounts();
     // In the order in which they come: the broker, the first map, the first program, the first link.
-    let moments: [(&str, fn(u32) -> bool); 4] = [
-        ("the broker", |pid| !children_of(pid).is_empty()),
-        ("a map", |pid| kinds_of(pid).contains("map")),
-        ("a program", |pid| kinds_of(pid).contains("prog")),
-        ("a link", |pid| kinds_of(pid).contains("link")),
-    ];
+    let reached = |pid, what| match what {
+        "the broker" => !children_of(pid).is_empty(),
+        "a map" => kinds_of(pid).contains("map"),
+        "a program" => kinds_of(pid).contains("prog"),
+        _ => kinds_of(pid).contains("link"),
+    };
     let listener = Listener::new();
     let mut seen = Vec::new();
-    for (what, reached) in moments {
+    for what in ["the broker", "a map", "a program", "a link"] {
         let mut process = Guard(tracer_on(&listener).stdout(Stdio::null()).spawn().expect("it starts"));
         let pid = process.id();
         // Without a pause: the moments are short.
         let deadline = Instant::now() + *crate::rig::PATIENCE;
-        while !reached(pid) {
+        while !reached(pid, what) {
             assert!(Instant::now() < deadline, "{what} does not come");
         }
         seen.push((what, kinds_of(pid)));
