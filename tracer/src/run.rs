@@ -192,10 +192,10 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             _ = terminate.recv() => break Ok(()),
             () = &mut end => break Ok(()),
             () = &mut closed => break Ok(()),
-            sent = writer.send(&mut lines), if full => if sent.is_err() {
-                // The writer has ended: stdout is closed, or failed; it says which.
-                break Ok(());
-            },
+            // Stdout has failed; the writer says why.
+            () = writer.ended() => break Ok(()),
+            // That it has ended is seen above.
+            _ = writer.send(&mut lines), if full => {}
             _ = summary_wanted.recv(), if !full => {
                 let ledger = Some(books.ledger(&kernel, &connections)?);
                 ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat, ledger)));

@@ -16,7 +16,7 @@ use crate::preflight::{self, Refusal};
 use crate::reporter::Reporter;
 
 /// Chunks on their way. Each holds what was made of at most so many records as are read at once.
-const QUEUE: usize = 64;
+const QUEUE: usize = 16;
 /// Buffers that may wait to be filled again.
 const SPARE: usize = 2;
 /// A larger one is given back to the allocator.
@@ -83,6 +83,11 @@ impl Writer {
         let permit = self.queue.reserve().await.map_err(|_| Ended)?;
         permit.send(std::mem::replace(lines, self.spare.try_recv().unwrap_or_default()));
         Ok(())
+    }
+
+    /// Waits until nobody writes any more, even while there is nothing to write. May be dropped and called again.
+    pub(super) async fn ended(&self) {
+        self.queue.closed().await;
     }
 
     /// Prints the last lines, unless stdout is closed or nobody reads it, and ends the recording.

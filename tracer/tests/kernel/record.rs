@@ -58,9 +58,12 @@ fn the_report_is_what_was_printed() {
     let (recorded, listener) = (Recorded::new(), Listener::new());
     let tracer = recorded.start(listener.port);
     connections(&listener, &tracer, 3);
-    let run = tracer.stop();
+    let mut run = tracer.stop();
     let (events, code, said) = recorded.report();
     assert_eq!((code, said.as_str()), (0, ""));
+    // What the programs counted is not recorded.
+    let ledger = run.events.last_mut().expect("a summary")["ledger"].take();
+    assert!(ledger.is_object(), "{ledger}");
     assert_eq!(events, run.events);
     let mode = fs::metadata(recorded.path()).expect("it exists").permissions().mode();
     assert_eq!(mode & 0o777, 0o600, "nobody else's business");

@@ -30,6 +30,8 @@ struct Record {
     #[serde(default, rename = "final")]
     fate: serde_json::Value,
     #[serde(default)]
+    states: serde_json::Value,
+    #[serde(default)]
     lost: u64,
 }
 
@@ -156,7 +158,7 @@ fn a_hundred_thousand_connections_open_at_once() {
     for ((local, _), record) in &records {
         let is_server = ports.iter().any(|port| local.ends_with(&format!(":{port}")));
         let got = (record.closed_by.as_str(), record.fate.as_str().unwrap_or_default());
-        assert_eq!(got, if is_server { ("remote", "closed") } else { ("local", "time_wait") }, "{local}");
+        assert_eq!(got, if is_server { ("remote", "closed") } else { ("local", "time_wait") }, "{local} - {}: {}", record.remote, record.states);
     }
 }
 
