@@ -78,7 +78,7 @@ pub fn ending(socket: &Socket) -> Ending {
             fate: Fate::Known(Final::Closed, FinalSource::State),
         },
         _ if timed_out(socket) || given_up(socket) => Ending {
-            closed_by: socket.first_end,
+            closed_by: first_end_or(socket, ClosedBy::None),
             how: Some(How::Timeout),
             fate: Fate::Known(Final::TimedOut, FinalSource::State),
         },
@@ -185,7 +185,13 @@ const fn aborted(socket: &Socket) -> bool {
 }
 
 fn first_end_or(socket: &Socket, fallback: ClosedBy) -> ClosedBy {
-    if socket.first_end == ClosedBy::None { fallback } else { socket.first_end }
+    match socket.first_end {
+        ClosedBy::None => fallback,
+        // Our FIN left first, and yet the peer's did not acknowledge it. The programs say so where they see the transition to
+        // CLOSING, but not each one is shown to them.
+        ClosedBy::Local if socket.old == TcpState::Closing => ClosedBy::Both,
+        known => known,
+    }
 }
 
 fn by_reset(socket: &Socket, by: ClosedBy) -> Ending {

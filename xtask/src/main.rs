@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask SUBCOMMAND`, one file for each.
 
 mod bench;
+mod bpf;
 mod cross;
 mod deny;
 mod ebpf;

@@ -521,7 +521,7 @@ fn short_lived_processes_by_the_thousand() {
     clients.tell("end");
     clients.ends();
     let python = fs::read_link(format!("/proc/{}/exe", server.pid())).expect("it runs").display().to_string();
-    // That none is missing is for other tests, on a host that has less to do meanwhile.
+    // Not all: some kernels show a few ends to no BPF program, see `docs/oracle.md`.
     let closes = tracer.wait_for_closes(2 * PROCESSES * 99 / 100, |_| true);
     let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));
     assert!(grown < 4 << 10, "{grown} KiB more for {PROCESSES} processes");

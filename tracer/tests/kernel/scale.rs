@@ -158,7 +158,13 @@ fn a_hundred_thousand_connections_open_at_once() {
     for ((local, _), record) in &records {
         let is_server = ports.iter().any(|port| local.ends_with(&format!(":{port}")));
         let got = (record.closed_by.as_str(), record.fate.as_str().unwrap_or_default());
-        assert_eq!(got, if is_server { ("remote", "closed") } else { ("local", "time_wait") }, "{local} - {}: {}", record.remote, record.states);
+        assert_eq!(
+            got,
+            if is_server { ("remote", "closed") } else { ("local", "time_wait") },
+            "{local} - {}: {}",
+            record.remote,
+            record.states
+        );
     }
 }
 

@@ -13,8 +13,9 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::floor::{Floor, Types};
+use super::floor::Floor;
 use super::measure::Usage;
+use crate::bpf::Types;
 use crate::network::Namespace;
 use crate::workspace::{self, Program};
 

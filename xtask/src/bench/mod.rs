@@ -23,10 +23,11 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
 use self::contender::{Active, Contender, Reading, Starter};
-use self::floor::{Counting, Types};
+use self::floor::Counting;
 use self::load::{Load, Workload};
 use self::measure::{Maps, resident};
 use self::report::{Budget, Figures, Report, lower};
+use crate::bpf::Types;
 use crate::workspace;
 
 /// What the command line asks for.

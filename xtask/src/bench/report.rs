@@ -7,8 +7,8 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::contender::Contender;
-use super::floor::PROGRAM_NAME;
 use super::load::Workload;
+use crate::bpf::PROGRAM_NAME;
 
 /// What was measured of one contender under one load; each a cost of one operation, the least of all rounds.
 #[derive(Clone, Debug, Default)]

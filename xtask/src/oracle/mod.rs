@@ -6,6 +6,7 @@
 //! at once.
 
 mod compare;
+mod hidden;
 mod network;
 mod packets;
 mod programs;
@@ -26,6 +27,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use self::compare::{Comparison, Ends, Owners, Truth, compare};
+use self::hidden::Hidden;
 use self::network::{Capture, Network, Route};
 use self::packets::{Connection, End, connections};
 use self::programs::{Client, Server};
@@ -34,10 +36,14 @@ use crate::workspace;
 
 /// The first port of the servers; each batch has its own.
 const FIRST_PORT: u16 = 20_000;
+/// The last one, and more.
+const LAST_PORT: u16 = 20_999;
 /// What a whole run must reach.
 const WHOLE: u64 = 20_000;
 /// For a hundred ends, how many fields tracer may say that it does not know.
 const UNOBSERVED_PERCENT: u64 = 2;
+/// Of so many ends one may be hidden.
+const HIDDEN_ONE_OF: u64 = 500;
 /// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -53,6 +59,7 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("tracer-oracle-").tempdir()?;
     programs::build(directory.path())?;
     let network = Network::new(u8::try_from(Client::ALL.len())?)?;
+    let mut hidden = Hidden::watch(FIRST_PORT..=LAST_PORT)?;
     let tracer = Tracer::start(&workspace::target_dir().join("release/tracer"), &network)?;
 
     let batches: Vec<_> = Server::ALL
@@ -79,7 +86,9 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
             port,
             scale,
         };
-        batch.run(&tracer, table.row(*server)).with_context(|| format!("{}, {}", server.name(), route.name()))?;
+        batch
+            .run(&tracer, &mut hidden, table.row(*server))
+            .with_context(|| format!("{}, {}", server.name(), route.name()))?;
         // Captures are large.
         fs::remove_dir_all(&place)?;
     }
@@ -102,10 +111,20 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     {
         bail!("with {} tracer does not know {} fields of {} ends", server.name(), row.unobserved, row.ends);
     }
+    if total.hidden * HIDDEN_ONE_OF > total.ends {
+        bail!("the kernel showed {} of {} ends to no BPF program", total.hidden, total.ends);
+    }
     if !quick && total.connections < WHOLE {
         bail!("only {} connections: a whole run makes {WHOLE}", total.connections);
     }
     Ok(())
+}
+
+/// What one capture shows, and which ends of it have their sockets in that namespace.
+struct Witnessed<'a> {
+    connections: Vec<Connection>,
+    namespace: &'a Namespace,
+    ends: &'a [End],
 }
 
 /// One server on one kind of path, and all clients.
@@ -120,7 +139,7 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    fn run(&self, tracer: &Tracer, row: &mut Row) -> Result<()> {
+    fn run(&self, tracer: &Tracer, hidden: &mut Hidden, row: &mut Row) -> Result<()> {
         let (servers, clients) = (&self.network.servers, self.network.clients_of(self.route));
         let backend = self.port + 1;
         let behind = if self.server == Server::Haproxy {
@@ -170,13 +189,14 @@ impl Batch<'_> {
         let [lo, at_servers, at_clients] =
             captures.map(|capture| capture.stop().and_then(|file| connections(&file, self.port..=backend)));
         let truth = Truth { owners, time_wait };
+        let clients = &self.network.clients;
         let witnessed = [
-            (lo?, servers, [End::Client, End::Server].as_slice()),
-            (at_servers?, servers, &[End::Server]),
-            (at_clients?, &self.network.clients, &[End::Client]),
+            Witnessed { connections: lo?, namespace: servers, ends: &[End::Client, End::Server] },
+            Witnessed { connections: at_servers?, namespace: servers, ends: &[End::Server] },
+            Witnessed { connections: at_clients?, namespace: clients, ends: &[End::Client] },
         ];
-        for (connections, namespace, ends) in &witnessed {
-            self.judge(tracer, connections, namespace, ends, &truth, row)?;
+        for witnessed in &witnessed {
+            self.judge(tracer, hidden, witnessed, &truth, row)?;
         }
         Ok(())
     }
@@ -249,16 +269,21 @@ impl Batch<'_> {
     fn judge(
         &self,
         tracer: &Tracer,
-        connections: &[Connection],
-        namespace: &Namespace,
-        ends: &[End],
+        hidden: &mut Hidden,
+        Witnessed { connections, namespace, ends }: &Witnessed<'_>,
         truth: &Truth,
         row: &mut Row,
     ) -> Result<()> {
         let expected = self.expected(connections, namespace, ends, row);
         self.every_client_came(connections, ends, row);
+        hidden.read()?;
+        let unseen = |(_, local, remote): &Key| hidden.count(*local, *remote);
         let all_there = |closes: &HashMap<Key, Vec<Value>>| {
-            expected.iter().all(|(key, wanted)| closes.get(key).map_or(0, Vec::len) >= wanted.len() - no_socket(wanted))
+            expected.iter().all(|(key, wanted)| {
+                let there = closes.get(key).map_or(0, Vec::len) + no_socket(wanted);
+                // Only where some are missing: that is a question to the kernel.
+                there >= wanted.len() || there + unseen(key) >= wanted.len()
+            })
         };
         // What is missing after that is told below.
         let _ = wait_for("tracer's records", || Ok(all_there(&tracer.closes())));
@@ -267,7 +292,10 @@ impl Batch<'_> {
         for (key, wanted) in &expected {
             let mut records: Vec<&Value> = closes.get(key).into_iter().flatten().collect();
             records.sort_by_key(|record| record["time"].as_str());
-            if !(wanted.len() - no_socket(wanted)..=wanted.len()).contains(&records.len()) {
+            let unseen = if records.len() < wanted.len() { unseen(key) } else { 0 };
+            row.hidden += unseen as u64;
+            let least = wanted.len().saturating_sub(no_socket(wanted) + unseen);
+            if !(least..=wanted.len()).contains(&records.len()) {
                 let (_, local, remote) = key;
                 let seen: Vec<_> = wanted.iter().map(|(connection, _)| connection.summary()).collect();
                 row.disagree(
@@ -281,7 +309,7 @@ impl Batch<'_> {
             }
             // Which of several is missing cannot be told.
             if records.len() != wanted.len() {
-                row.undecided += 1;
+                row.undecided += u64::from(unseen == 0);
                 continue;
             }
             for (n, (record, (connection, end))) in records.iter().zip(wanted).enumerate() {
@@ -512,6 +540,8 @@ struct Row {
     /// What tracer does not know, and what the witness cannot decide.
     unobserved: u64,
     undecided: u64,
+    /// Sockets whose end the kernel showed to no BPF program.
+    hidden: u64,
     disagreements: u64,
     /// Where too few records came in time, and how many had come.
     missing: Vec<(Key, usize)>,
@@ -570,6 +600,7 @@ impl Table {
             total.agreed += row.agreed;
             total.unobserved += row.unobserved;
             total.undecided += row.undecided;
+            total.hidden += row.hidden;
             total.disagreements += row.disagreements;
             for (field, count) in &row.fields {
                 *total.fields.entry(field).or_default() += count;
@@ -579,18 +610,19 @@ impl Table {
     }
 
     fn print(&self) {
-        println!("| server | connections | ends | fields that agree | unobserved | disagreements |");
-        println!("| --- | ---: | ---: | ---: | ---: | --- |");
+        println!("| server | connections | ends | fields that agree | unobserved | hidden | disagreements |");
+        println!("| --- | ---: | ---: | ---: | ---: | ---: | --- |");
         let total = self.total();
         let rows = self.rows.iter().map(|(server, row)| (server.name(), row));
         for (name, row) in rows.chain([("all", &total)]) {
             let fields: String = row.fields.iter().map(|(field, count)| format!(" {field} {count}")).collect();
             println!(
-                "| {name} | {} | {} | {} | {} | {}{fields} |",
+                "| {name} | {} | {} | {} | {} | {} | {}{fields} |",
                 row.connections,
                 row.ends,
                 row.agreed,
                 row.unobserved + row.undecided,
+                row.hidden,
                 row.disagreements
             );
         }

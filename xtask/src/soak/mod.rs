@@ -41,7 +41,7 @@ pub(crate) struct Options {
 
 /// How much resident memory may grow after the warm-up, in bytes.
 const GROWTH: u64 = 1_000_000;
-/// How many ends of ten thousand may have no record: none should. Those that are seen to are listed.
+/// How many ends of ten thousand may have no record: those that the kernel shows to no BPF program, see `docs/oracle.md`.
 const MISSING: u64 = 10;
 /// Rows of the table, about.
 const SAMPLES: u32 = 60;

@@ -1,0 +1,205 @@
+//! Sockets whose end the kernel showed to no BPF program.
+//!
+//! A kernel may keep its tracepoints from BPF programs while certain tasks run, and still have them traced: one was seen that
+//! did so for threads of its first process, and counted no miss. If softirq ends a socket on top of such a task, tracer cannot
+//! know of it. Two witnesses decide: ftrace, which tells of each socket that is destroyed, and a program that does
+//! nothing but keep the cookies of the sockets that end. What only the former has was hidden; where ftrace cannot be
+//! used, nothing was.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::bpf::{Types, bpf, call, tracepoint, uapi};
+
+/// More sockets than a whole run ends.
+const SOCKETS: u32 = 1 << 19;
+const TCP_CLOSE: i32 = 7;
+
+/// Both witnesses, at work.
+pub(super) struct Hidden {
+    ended: OwnedFd,
+    _program: [OwnedFd; 2],
+    /// `None`: ftrace cannot be used here.
+    destroyed: Option<Ftrace>,
+}
+
+impl Hidden {
+    /// Watches the sockets of these ports.
+    pub(super) fn watch(ports: std::ops::RangeInclusive<u16>) -> Result<Self> {
+        let create = uapi::MapCreate {
+            map_type: uapi::BPF_MAP_TYPE_HASH,
+            key_size: size_of::<u64>() as u32,
+            value_size: size_of::<u64>() as u32,
+            max_entries: SOCKETS,
+            map_flags: uapi::BPF_F_NO_PREALLOC,
+        };
+        let ended = bpf(uapi::BPF_MAP_CREATE, &create).context("cannot make a map")?;
+        let program = tracepoint("inet_sock_set_state", &keeps_cookies(&ended), &Types::read()?)?;
+        let destroyed = Ftrace::start(ports).inspect_err(|error| {
+            eprintln!("oracle: ftrace cannot be used, so a record that is missing is tracer's: {error:#}")
+        });
+        Ok(Self { ended, _program: program, destroyed: destroyed.ok() })
+    }
+
+    /// Reads what ftrace has told since.
+    pub(super) fn read(&mut self) -> Result<()> {
+        self.destroyed.as_mut().map_or(Ok(()), Ftrace::read)
+    }
+
+    /// How many sockets with these addresses were hidden, up to the last [`Hidden::read`].
+    pub(super) fn count(&self, local: SocketAddr, remote: SocketAddr) -> usize {
+        let cookies = self.destroyed.as_ref().and_then(|ftrace| ftrace.cookies.get(&(local, remote)));
+        cookies.into_iter().flatten().filter(|cookie| !self.was_seen(**cookie)).count()
+    }
+
+    fn was_seen(&self, cookie: u64) -> bool {
+        let mut value = 0_u64;
+        let lookup = uapi::MapElement {
+            map_fd: self.ended.as_raw_fd(),
+            _pad: 0,
+            key: std::ptr::from_ref(&cookie) as u64,
+            value: std::ptr::from_mut(&mut value) as u64,
+            flags: 0,
+        };
+        call(uapi::BPF_MAP_LOOKUP_ELEM, &lookup).is_ok()
+    }
+}
+
+/// `if (newstate == TCP_CLOSE) ended[cookie] = 0`, for
+/// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`.
+fn keeps_cookies(ended: &OwnedFd) -> [u64; 17] {
+    use uapi::{instruction as op, mov};
+    [
+        op(0xbf, 6, 1, 0, 0),                                   // r6 = ctx
+        op(0x79, 1, 6, 16, 0),                                  // r1 = newstate
+        op(0x56, 1, 0, 12, TCP_CLOSE),                          // if w1 != TCP_CLOSE goto out
+        op(0x79, 1, 6, 0, 0),                                   // r1 = sk
+        op(0x85, 0, 0, 0, uapi::GET_SOCKET_COOKIE),             // r0 = the cookie
+        op(0x7b, 10, 0, -8, 0),                                 // *(u64 *)(fp - 8) = r0
+        op(0x7a, 10, 0, -16, 0),                                // *(u64 *)(fp - 16) = 0
+        op(0x18, 1, uapi::PSEUDO_MAP_FD, 0, ended.as_raw_fd()), // r1 = the map, in two
+        0,
+        op(0xbf, 2, 10, 0, 0),                    // r2 = fp
+        op(0x07, 2, 0, 0, -8),                    // r2 -= 8
+        op(0xbf, 3, 10, 0, 0),                    // r3 = fp
+        op(0x07, 3, 0, 0, -16),                   // r3 -= 16
+        mov(4, 0),                                // r4 = BPF_ANY
+        op(0x85, 0, 0, 0, uapi::MAP_UPDATE_ELEM), // update
+        mov(0, 0),                                // out: r0 = 0
+        uapi::EXIT,
+    ]
+}
+
+/// What the tracepoint `tcp_destroy_sock` tells.
+struct Ftrace {
+    instance: Instance,
+    pipe: File,
+    /// The last line, if it is not whole yet.
+    rest: String,
+    /// By local and remote address.
+    cookies: HashMap<(SocketAddr, SocketAddr), Vec<u64>>,
+}
+
+impl Ftrace {
+    fn start(ports: std::ops::RangeInclusive<u16>) -> Result<Self> {
+        let instance = Instance::make()?;
+        let (first, last) = (ports.start(), ports.end());
+        let event = instance.path.join("events/tcp/tcp_destroy_sock");
+        let filter = format!("(sport >= {first} && sport <= {last}) || (dport >= {first} && dport <= {last})");
+        fs::write(event.join("filter"), filter).context("this kernel's tcp_destroy_sock cannot be filtered")?;
+        // Per CPU: what a batch may need, which is read at its end.
+        fs::write(instance.path.join("buffer_size_kb"), "16384")?;
+        fs::write(event.join("enable"), "1")?;
+        let pipe = File::options()
+            .read(true)
+            .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+            .open(instance.path.join("trace_pipe"))?;
+        Ok(Self { instance, pipe, rest: String::new(), cookies: HashMap::new() })
+    }
+
+    fn read(&mut self) -> Result<()> {
+        let mut buffer = [0; 1 << 16];
+        loop {
+            match self.pipe.read(&mut buffer) {
+                Ok(read) => self.rest.push_str(&String::from_utf8_lossy(&buffer[..read])),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("{}/trace_pipe", self.instance.path.display()));
+                }
+            }
+            let whole = self.rest.rfind('\n').map_or(0, |at| at + 1);
+            for line in self.rest[..whole].lines() {
+                if let Some((ends, cookie)) = destroyed(line) {
+                    self.cookies.entry(ends).or_default().push(cookie);
+                }
+            }
+            self.rest.drain(..whole);
+        }
+    }
+}
+
+/// Local and remote address, and the cookie: `… tcp_destroy_sock: family=AF_INET sport=80 … saddrv6=::ffff:10.0.0.1 …
+/// sock_cookie=3f`.
+fn destroyed(line: &str) -> Option<((SocketAddr, SocketAddr), u64)> {
+    let (_, fields) = line.split_once(": tcp_destroy_sock: ")?;
+    let field = |name| fields.split(' ').find_map(|field| field.strip_prefix(name)?.strip_prefix('='));
+    let address = |ip, port| -> Option<SocketAddr> {
+        let ip: IpAddr = field(ip)?.parse().ok()?;
+        Some(SocketAddr::new(ip.to_canonical(), field(port)?.parse().ok()?))
+    };
+    let cookie = u64::from_str_radix(field("sock_cookie")?, 16).ok()?;
+    Some(((address("saddrv6", "sport")?, address("daddrv6", "dport")?), cookie))
+}
+
+/// An ftrace instance of its own, in a tracefs that is mounted for it; both are gone when it goes out of scope.
+struct Instance {
+    path: PathBuf,
+    mounted: tempfile::TempDir,
+}
+
+impl Instance {
+    fn make() -> Result<Self> {
+        let mounted = tempfile::Builder::new().prefix("tracer-oracle-tracefs-").tempdir()?;
+        mount("none", mounted.path(), "tracefs", MountFlags::empty(), None).context("cannot mount tracefs")?;
+        let path = mounted.path().join(format!("instances/tracer-oracle-{}", std::process::id()));
+        let made = Self { path, mounted };
+        fs::create_dir(&made.path).context("cannot make an instance")?;
+        Ok(made)
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        fs::write(self.path.join("events/enable"), "0")?;
+        fs::remove_dir(&self.path)
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        let removed = self.remove().and_then(|()| Ok(unmount(self.mounted.path(), UnmountFlags::DETACH)?));
+        if let Err(error) = removed {
+            eprintln!("oracle: {}: {error}", Path::display(&self.path));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_ftrace_is_read() {
+        let line = "     ksoftirqd/0-14      [000] ..s1. 23649.597659: tcp_destroy_sock: family=AF_INET sport=20006 dport=58002 \
+                    saddr=10.77.0.1 daddr=10.77.0.250 saddrv6=::ffff:10.77.0.1 daddrv6=::ffff:10.77.0.250 sock_cookie=13bfead";
+        let ends = ("10.77.0.1:20006".parse().expect("an address"), "10.77.0.250:58002".parse().expect("an address"));
+        assert_eq!(destroyed(line), Some((ends, 0x13b_fead)));
+        assert_eq!(destroyed("CPU:1 [LOST 3 EVENTS]"), None);
+    }
+}
