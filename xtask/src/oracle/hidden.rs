@@ -100,8 +100,9 @@ fn keeps_cookies(ended: &OwnedFd) -> [u64; 17] {
 
 /// What the tracepoint `tcp_destroy_sock` tells.
 struct Ftrace {
-    instance: Instance,
+    /// Closed first: as long as it is open the instance is busy.
     pipe: File,
+    instance: Instance,
     /// The last line, if it is not whole yet.
     rest: String,
     /// By local and remote address.
@@ -122,7 +123,7 @@ impl Ftrace {
             .read(true)
             .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
             .open(instance.path.join("trace_pipe"))?;
-        Ok(Self { instance, pipe, rest: String::new(), cookies: HashMap::new() })
+        Ok(Self { pipe, instance, rest: String::new(), cookies: HashMap::new() })
     }
 
     fn read(&mut self) -> Result<()> {
