@@ -28,7 +28,7 @@ pub const LAUNCHER: &str = "launcher";
 const MOST: u32 = 16 << 20;
 /// How long it may take the launcher to start, and to take a summary, which it puts into memory at once.
 const START: Duration = Duration::from_secs(10);
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(100);
 /// What it says once it has given up its privileges.
 const READY: u8 = b'r';
 
@@ -64,7 +64,8 @@ impl Launcher {
         Ok(launcher)
     }
 
-    /// Has the command run with this on its stdin, unless it still runs for an earlier one. Waits for nothing.
+    /// Has the command run with this on its stdin, unless it still runs for an earlier one. Waits only where the
+    /// other end is slow to take it, and then for a moment.
     pub fn run(&mut self, summary: &[u8]) {
         let Some(link) = &mut self.link else { return };
         let Some(size) = u32::try_from(summary.len()).ok().filter(|size| *size <= MOST) else {
@@ -76,6 +77,8 @@ impl Launcher {
                 "--exec: the process that runs the command is gone ({error}), and is asked no more; start tracer again"
             );
             self.link = None;
+            // Collected now or when tracer ends.
+            let _ = self.child.try_wait();
         }
     }
 }
@@ -143,7 +146,11 @@ fn receive(link: &mut UnixStream) -> io::Result<Option<File>> {
     if size > MOST {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "a summary that is too large"));
     }
-    let mut summary = File::from(memfd_create("tracer-summary", MemfdFlags::CLOEXEC)?);
+    let mut summary = File::from(
+        // Where `vm.memfd_noexec` forbids any other; before 6.3 no kernel knows it.
+        memfd_create("tracer-summary", MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| memfd_create("tracer-summary", MemfdFlags::CLOEXEC))?,
+    );
     let copied = io::copy(&mut link.take(size.into()), &mut summary)?;
     if copied < size.into() {
         // It went in the middle of it.

@@ -99,7 +99,8 @@ pub fn close_books(rows: &[Row], tally: &Tally, held: u64, reconciled: Option<Re
 /// lost, of whatever kind.
 pub fn complaint(ledger: &Ledger, records: u64) -> Option<String> {
     let Ledger { seen, lost, untracked, reconciled, .. } = ledger;
-    let missing = reconciled.as_ref().filter(|reconciled| reconciled.is_exact() && reconciled.closed > reconciled.seen);
+    let missing =
+        reconciled.as_ref().filter(|reconciled| reconciled.closed > reconciled.seen.saturating_add(reconciled.slack));
     if *untracked > 0 {
         Some(format!(
             "{lost} of {seen} closes are lost, {untracked} of them because the kernel had no memory to follow them"
@@ -291,12 +292,12 @@ fn reconcile(netns: u32, began: &Reading, now: &Reading, slack: u64) -> Reconcil
     }
 }
 
-/// Rounded down, so that 100 is said of all only; above it where more was seen than can have closed.
+/// Rounded down, so that 100 is said of all only, whatever the slack; above it where more was seen than can have closed.
 #[expect(clippy::cast_precision_loss, reason = "2^53 closes take a long time")]
 fn percent(closed: u64, seen: u64, slack: u64) -> Option<f64> {
     match (closed, seen) {
         (0, 0) => None,
-        _ if closed.abs_diff(seen) <= slack => Some(100.0),
+        _ if seen.checked_sub(closed).is_some_and(|more| more <= slack) => Some(100.0),
         _ => Some((seen as f64 * 1_000.0 / closed.max(1) as f64).floor() / 10.0),
     }
 }
@@ -424,7 +425,8 @@ mod tests {
         assert_eq!(reconciled(100_000, 99_999, 0).percent, Some(99.9));
         assert_eq!(reconciled(0, 0, 0).percent, None);
         // What moved while it was read may be the whole difference.
-        assert_eq!(reconciled(100_000, 99_999, 1).percent, Some(100.0));
+        assert_eq!(reconciled(100_000, 99_999, 1).percent, Some(99.9));
+        assert_eq!(reconciled(99_999, 100_000, 1).percent, Some(100.0));
         assert_eq!(reconciled(100_000, 99_998, 1).percent, Some(99.9));
     }
 

@@ -1,14 +1,14 @@
 //! Events and requests in, lines out, in memory: what is done with an event once it is known.
 //!
 //! It counts closes for the summary as it formats them, records them if that is wanted, answers requests for a summary, and
-//! watches the limits of alerts. It must never wait: it runs in the thread that reads the ring buffer, so that an event is
+//! watches the limits of alerts. It must not wait (but for a moment where an alert's command is to be run): it runs in the thread that reads the ring buffer, so that an event is
 //! made, formatted and freed by one thread, while it is in that CPU's cache. Another thread has the lines to write.
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use crate::alert::{Alerts, Watch};
-use crate::event::{Alert, AlertState, Event};
+use crate::event::{Alert, AlertState, Event, Ledger};
 use crate::record::{End, Recording};
 use crate::sink::summary::{About, Moment, Summarizer};
 use crate::sink::{Json, Sink};
@@ -88,7 +88,7 @@ impl Reporter {
     ///
     /// # Errors
     /// It cannot be printed.
-    pub fn finish(&mut self, moment: &Moment, lines: &mut Vec<u8>) -> io::Result<()> {
+    pub fn finish(&mut self, moment: &Moment, lines: &mut Vec<u8>) -> io::Result<Option<Box<Ledger>>> {
         if let Some(recording) = &mut self.recording {
             recording.end(&End {
                 time: moment.time,
@@ -97,7 +97,10 @@ impl Reporter {
                 time_wait_sockets: moment.time_wait_sockets,
             });
         }
-        self.summarize(About::Run, moment, lines)
+        let summary = self.summary.summary(About::Run, moment);
+        let ledger = summary.ledger.clone();
+        self.print(&[Event::Summary(Box::new(summary))], lines)?;
+        Ok(ledger)
     }
 
     /// Waits until all is recorded; answers whether it is, or there was nothing to do.

@@ -179,10 +179,11 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
         if records && !events.is_empty() {
             flush_at = flush_at.or_else(|| Some(Instant::now() + record::FLUSH_AFTER));
         }
-        if let Err(error) = reporter.take(&events, ask.take(), &mut lines) {
+        let taken = reporter.take(&events, ask.take(), &mut lines);
+        events.clear();
+        if let Err(error) = taken {
             break Err(error.into());
         }
-        events.clear();
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
         let full = !lines.is_empty();
         let poll_at = connections.next_poll();
@@ -195,14 +196,18 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             // Stdout has failed; the writer says why.
             () = writer.ended() => break Ok(()),
             // That it has ended is seen above.
-            _ = writer.send(&mut lines), if full => {}
+            () = writer.send(&mut lines), if full => {}
             _ = summary_wanted.recv(), if !full => {
-                let ledger = Some(books.ledger(&kernel, &connections)?);
+                let ledger = books.ledger(&kernel, &connections);
                 ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat, ledger)));
             }
             () = tick(&mut summary_ticks), if !full => {
-                let ledger = Some(books.ledger(&kernel, &connections)?);
+                let ledger = books.ledger(&kernel, &connections);
                 ask = Some((reporter::Ask::Every, moment(losses.missed, &sockstat, ledger)));
+            }
+            () = until(flush_at), if flush_at.is_some() => {
+                reporter.record(&[]);
+                flush_at = None;
             }
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
@@ -221,10 +226,6 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
                 // First: that a RST followed may be in the ring by now.
                 take(&mut ring, &mut connections, Instant::now(), &mut events);
                 connections.poll(Instant::now(), &mut events);
-            }
-            () = until(flush_at), if flush_at.is_some() => {
-                reporter.record(&[]);
-                flush_at = None;
             }
             _ = close_wait_check.tick(), if !full => {
                 if let Err(error) = kernel.look_for_close_wait() {
@@ -247,10 +248,16 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let mut attempts = 100;
     let rows = loop {
         while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
-        let rows = kernel.ledger()?;
+        let rows = match kernel.ledger() {
+            Ok(rows) => rows,
+            Err(error) => {
+                warn!("what the programs counted cannot be read: {error:#}");
+                break None;
+            }
+        };
         attempts -= 1;
         if attempts == 0 || ledger::is_whole(&rows) && ledger::emitted(&rows) == connections.ends().0 {
-            break rows;
+            break Some(rows);
         }
         std::thread::sleep(ledger::PAUSE);
     };
@@ -258,11 +265,15 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     books.sift(&options.filter, &mut events);
     losses.check(&kernel, &mut events)?;
     books.sent(&events);
-    let ledger = books.close(&rows, &connections, reconciled);
-    let complaint = options.strict.then(|| ledger::complaint(&ledger, losses.missed.lost)).flatten();
+    let ledger = rows.map(|rows| books.close(&rows, &connections, reconciled));
     reporter.take(&events, None, &mut lines)?;
-    reporter.finish(&moment(losses.missed, &sockstat, Some(ledger)), &mut lines)?;
-    writer.end(lines, reporter, records, options.strict).await?;
+    let ledger = reporter.finish(&moment(losses.missed, &sockstat, ledger), &mut lines)?;
+    let complaint = match ledger {
+        _ if !options.strict => None,
+        Some(ledger) => ledger::complaint(&ledger, losses.missed.lost),
+        None => Some("what the programs counted cannot be read".to_owned()),
+    };
+    writer.end(lines, reporter, options.strict).await?;
     outcome.and_then(|()| complaint.map_or(Ok(()), |why| Err(Refusal::unaccounted(&why).into())))
 }
 
@@ -313,10 +324,11 @@ impl Books {
     }
 
     /// As they are now; no event may be on its way between the ring and [`Books::sent`].
-    fn ledger(&mut self, kernel: &Kernel, connections: &Connections) -> Result<Box<Ledger>> {
+    fn ledger(&mut self, kernel: &Kernel, connections: &Connections) -> Option<Box<Ledger>> {
         let reconciled = self.compare(kernel, 3);
-        let rows = ledger::whole(10, || kernel.ledger())?;
-        Ok(self.balance(&rows, connections, reconciled))
+        let rows = ledger::whole(10, || kernel.ledger());
+        let rows = rows.inspect_err(|error| warn!("what the programs count cannot be read: {error:#}")).ok()?;
+        Some(self.balance(&rows, connections, reconciled))
     }
 
     /// As they are once everything was read and sent.

@@ -64,8 +64,7 @@ pub(crate) mod uapi {
         pub(crate) _pad: u32,
     }
 
-    pub(crate) const BPF_MAP_TYPE_HASH: u32 = 1;
-    pub(crate) const BPF_F_NO_PREALLOC: u32 = 1;
+    pub(crate) const BPF_MAP_TYPE_LRU_HASH: u32 = 9;
     /// The helpers `bpf_map_update_elem` and `bpf_get_socket_cookie`.
     pub(crate) const MAP_UPDATE_ELEM: i32 = 2;
     pub(crate) const GET_SOCKET_COOKIE: i32 = 46;

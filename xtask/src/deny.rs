@@ -21,8 +21,8 @@ pub(crate) fn deny() -> Result<()> {
     }
     workspace::succeed(workspace::cargo().args(["deny", "--all-features", "check", "licenses", "bans", "sources"]))?;
     // The list of weaknesses is a git repository; where it cannot be had, that is said, and no reason to fail.
-    if workspace::output(workspace::cargo().args(["deny", "fetch", "db"])).is_err() {
-        eprintln!("xtask: the advisories could not be fetched, and were NOT checked");
+    if let Err(error) = workspace::output(workspace::cargo().args(["deny", "fetch", "db"])) {
+        eprintln!("xtask: the advisories could not be fetched, and were NOT checked: {error:#}");
         return Ok(());
     }
     workspace::succeed(workspace::cargo().args(["deny", "check", "--disable-fetch", "advisories"]))

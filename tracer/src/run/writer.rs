@@ -16,7 +16,7 @@ use crate::preflight::{self, Refusal};
 use crate::reporter::Reporter;
 
 /// Chunks on their way. Each holds what was made of at most so many records as are read at once.
-const QUEUE: usize = 16;
+const QUEUE: usize = 4;
 /// Buffers that may wait to be filled again.
 const SPARE: usize = 2;
 /// A larger one is given back to the allocator.
@@ -32,9 +32,6 @@ pub(super) struct Writer {
     spare: std_mpsc::Receiver<Vec<u8>>,
     thread: std::thread::JoinHandle<io::Result<()>>,
 }
-
-/// Stdout is closed, or failed: nothing more is written.
-pub(super) struct Ended;
 
 /// Makes room for more lines in the pipe that stdout may be: each time that it is full, the writer waits for the reader to be
 /// woken, and is woken itself.
@@ -75,14 +72,11 @@ impl Writer {
     }
 
     /// Waits for room, and then takes the lines; leaves a buffer without any. May be dropped and called again: then none
-    /// were taken.
-    ///
-    /// # Errors
-    /// Nobody writes them any more.
-    pub(super) async fn send(&self, lines: &mut Vec<u8>) -> Result<(), Ended> {
-        let permit = self.queue.reserve().await.map_err(|_| Ended)?;
-        permit.send(std::mem::replace(lines, self.spare.try_recv().unwrap_or_default()));
-        Ok(())
+    /// were taken. Nor are they where nobody writes any more, see [`Writer::ended`].
+    pub(super) async fn send(&self, lines: &mut Vec<u8>) {
+        if let Ok(permit) = self.queue.reserve().await {
+            permit.send(std::mem::replace(lines, self.spare.try_recv().unwrap_or_default()));
+        }
     }
 
     /// Waits until nobody writes any more, even while there is nothing to write. May be dropped and called again.
@@ -93,39 +87,46 @@ impl Writer {
     /// Prints the last lines, unless stdout is closed or nobody reads it, and ends the recording.
     ///
     /// # Errors
-    /// Stdout failed; the recording (if it `records`) is incomplete. Where nobody reads the last lines the process ends here,
+    /// Stdout failed; the recording is incomplete. Where nobody reads the last lines the process ends here,
     /// and that is a failure if it is `strict`.
-    pub(super) async fn end(self, lines: Vec<u8>, reporter: Reporter, records: bool, strict: bool) -> Result<()> {
+    pub(super) async fn end(self, lines: Vec<u8>, reporter: Reporter, strict: bool) -> Result<()> {
         let Self { queue, thread, .. } = self;
-        let finish = tokio::task::spawn_blocking(move || {
+        // Each for itself: the disk may not answer, or the reader of stdout.
+        let recorded = tokio::task::spawn_blocking(move || reporter.finish_recording());
+        let printed = tokio::task::spawn_blocking(move || {
             // Fails only where stdout has failed, which is said below.
             let _ = queue.blocking_send(lines);
             drop(queue);
-            let printed = thread.join().map_err(|_| io::Error::other("the writer panicked"))?;
-            // Last, as the disk may not answer.
-            let recorded = reporter.finish_recording();
-            Ok::<_, io::Error>((recorded, printed))
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")))
         });
-        match tokio::time::timeout(GRACE, finish).await {
-            Ok(done) => {
-                let (recorded, printed) = done??;
-                match printed {
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                    printed => printed.context("cannot write to stdout")?,
-                }
-                if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
-            }
+        let (recorded, printed) =
+            tokio::join!(tokio::time::timeout(GRACE, recorded), tokio::time::timeout(GRACE, printed));
+        let grace = GRACE.as_secs();
+        let recorded = match recorded {
+            Ok(done) => done?,
             Err(_) => {
-                let code = match (records, strict) {
-                    (true, _) => preflight::exit::INCOMPLETE,
-                    (false, true) => preflight::exit::UNACCOUNTED,
-                    (false, false) => preflight::exit::SUCCESS,
-                };
-                let nor = if records { ", or the recording not written," } else { "" };
-                warn!("stdout was not read{nor} for {} s: the rest is dropped", GRACE.as_secs());
-                // The writer is stuck in a write; nothing else is left to be done.
-                std::process::exit(code.into());
+                warn!("the recording could not be ended in {grace} s");
+                false
             }
+        };
+        let Ok(printed) = printed else {
+            warn!("stdout was not read for {grace} s: the rest is dropped");
+            let code = match (recorded, strict) {
+                (false, _) => preflight::exit::INCOMPLETE,
+                (true, true) => preflight::exit::UNACCOUNTED,
+                (true, false) => preflight::exit::SUCCESS,
+            };
+            // The writer is stuck in a write; nothing else is left to be done.
+            std::process::exit(code.into());
+        };
+        match printed? {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                if strict {
+                    return Err(Refusal::unaccounted("stdout was closed before all was written").into());
+                }
+            }
+            printed => printed.context("cannot write to stdout")?,
         }
+        if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
     }
 }

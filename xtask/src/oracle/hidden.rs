@@ -19,8 +19,8 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::bpf::{Types, bpf, call, tracepoint, uapi};
 
-/// More sockets than a whole run ends.
-const SOCKETS: u32 = 1 << 19;
+/// The last so many cookies are kept: many more than a host ends sockets during one batch.
+const SOCKETS: u32 = 1 << 18;
 const TCP_CLOSE: i32 = 7;
 
 /// Both witnesses, at work.
@@ -32,14 +32,14 @@ pub(super) struct Hidden {
 }
 
 impl Hidden {
-    /// Watches the sockets of these ports.
+    /// Watches; of what ftrace tells, only the sockets of these ports.
     pub(super) fn watch(ports: std::ops::RangeInclusive<u16>) -> Result<Self> {
         let create = uapi::MapCreate {
-            map_type: uapi::BPF_MAP_TYPE_HASH,
+            map_type: uapi::BPF_MAP_TYPE_LRU_HASH,
             key_size: size_of::<u64>() as u32,
             value_size: size_of::<u64>() as u32,
             max_entries: SOCKETS,
-            map_flags: uapi::BPF_F_NO_PREALLOC,
+            map_flags: 0,
         };
         let ended = bpf(uapi::BPF_MAP_CREATE, &create).context("cannot make a map")?;
         let program = tracepoint("inet_sock_set_state", &keeps_cookies(&ended), &Types::read()?)?;
@@ -55,12 +55,18 @@ impl Hidden {
     }
 
     /// How many sockets with these addresses were hidden, up to the last [`Hidden::read`].
-    pub(super) fn count(&self, local: SocketAddr, remote: SocketAddr) -> usize {
+    pub(super) fn count(&self, local: SocketAddr, remote: SocketAddr) -> Result<usize> {
         let cookies = self.destroyed.as_ref().and_then(|ftrace| ftrace.cookies.get(&(local, remote)));
-        cookies.into_iter().flatten().filter(|cookie| !self.was_seen(**cookie)).count()
+        let mut hidden = 0;
+        for cookie in cookies.into_iter().flatten() {
+            hidden += usize::from(!self.was_seen(*cookie)?);
+        }
+        Ok(hidden)
     }
 
-    fn was_seen(&self, cookie: u64) -> bool {
+    /// # Errors
+    /// The kernel does not say.
+    fn was_seen(&self, cookie: u64) -> Result<bool> {
         let mut value = 0_u64;
         let lookup = uapi::MapElement {
             map_fd: self.ended.as_raw_fd(),
@@ -69,7 +75,11 @@ impl Hidden {
             value: std::ptr::from_mut(&mut value) as u64,
             flags: 0,
         };
-        call(uapi::BPF_MAP_LOOKUP_ELEM, &lookup).is_ok()
+        match call(uapi::BPF_MAP_LOOKUP_ELEM, &lookup) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).context("a cookie cannot be looked up"),
+        }
     }
 }
 
@@ -130,6 +140,7 @@ impl Ftrace {
         let mut buffer = [0; 1 << 16];
         loop {
             match self.pipe.read(&mut buffer) {
+                Ok(0) => return Ok(()),
                 Ok(read) => self.rest.push_str(&String::from_utf8_lossy(&buffer[..read])),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => {
@@ -140,6 +151,8 @@ impl Ftrace {
             for line in self.rest[..whole].lines() {
                 if let Some((ends, cookie)) = destroyed(line) {
                     self.cookies.entry(ends).or_default().push(cookie);
+                } else if line.contains("LOST") {
+                    eprintln!("oracle: ftrace: {line}");
                 }
             }
             self.rest.drain(..whole);
@@ -170,23 +183,37 @@ impl Instance {
     fn make() -> Result<Self> {
         let mounted = tempfile::Builder::new().prefix("tracer-oracle-tracefs-").tempdir()?;
         mount("none", mounted.path(), "tracefs", MountFlags::empty(), None).context("cannot mount tracefs")?;
-        let path = mounted.path().join(format!("instances/tracer-oracle-{}", std::process::id()));
-        let made = Self { path, mounted };
+        let instances = mounted.path().join("instances");
+        let made = Self { path: instances.join(format!("{PREFIX}{}", std::process::id())), mounted };
+        // What runs that were killed have left.
+        for entry in fs::read_dir(&instances).context("this tracefs has no instances")?.flatten() {
+            let name = entry.file_name();
+            let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                remove(&entry.path()).with_context(|| format!("{} is left, and cannot be removed", name.display()))?;
+            }
+        }
         fs::create_dir(&made.path).context("cannot make an instance")?;
         Ok(made)
     }
+}
 
-    fn remove(&self) -> io::Result<()> {
-        fs::write(self.path.join("events/enable"), "0")?;
-        fs::remove_dir(&self.path)
-    }
+/// What instances are called, before the process id.
+const PREFIX: &str = "tracer-oracle-";
+
+fn remove(instance: &Path) -> io::Result<()> {
+    fs::write(instance.join("events/enable"), "0")?;
+    fs::remove_dir(instance)
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        let removed = self.remove().and_then(|()| Ok(unmount(self.mounted.path(), UnmountFlags::DETACH)?));
-        if let Err(error) = removed {
-            eprintln!("oracle: {}: {error}", Path::display(&self.path));
+        let removed = if self.path.exists() { remove(&self.path) } else { Ok(()) };
+        // Whether it could be removed or not: the directory is emptied next.
+        for done in [removed, unmount(self.mounted.path(), UnmountFlags::DETACH).map_err(io::Error::from)] {
+            if let Err(error) = done {
+                eprintln!("oracle: {}: {error}", self.path.display());
+            }
         }
     }
 }

@@ -278,21 +278,24 @@ impl Batch<'_> {
         self.every_client_came(connections, ends, row);
         hidden.read()?;
         let unseen = |(_, local, remote): &Key| hidden.count(*local, *remote);
-        let all_there = |closes: &HashMap<Key, Vec<Value>>| {
-            expected.iter().all(|(key, wanted)| {
+        let all_there = |closes: &HashMap<Key, Vec<Value>>| -> Result<bool> {
+            for (key, wanted) in &expected {
                 let there = closes.get(key).map_or(0, Vec::len) + no_socket(wanted);
                 // Only where some are missing: that is a question to the kernel.
-                there >= wanted.len() || there + unseen(key) >= wanted.len()
-            })
+                if there < wanted.len() && there + unseen(key)? < wanted.len() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
         };
         // What is missing after that is told below.
-        let _ = wait_for("tracer's records", || Ok(all_there(&tracer.closes())));
+        let _ = wait_for("tracer's records", || all_there(&tracer.closes()));
         let closes = tracer.closes();
         self.no_record_is_unexplained(&closes, connections, namespace, ends, row);
         for (key, wanted) in &expected {
             let mut records: Vec<&Value> = closes.get(key).into_iter().flatten().collect();
             records.sort_by_key(|record| record["time"].as_str());
-            let unseen = if records.len() < wanted.len() { unseen(key) } else { 0 };
+            let unseen = if records.len() < wanted.len() { unseen(key)? } else { 0 };
             row.hidden += unseen as u64;
             let least = wanted.len().saturating_sub(no_socket(wanted) + unseen);
             if !(least..=wanted.len()).contains(&records.len()) {
