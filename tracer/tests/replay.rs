@@ -543,7 +543,10 @@ fn the_books_of_a_summary() {
     // Not exact, not all, of fewer than all namespaces, nothing to compare with, nothing to be compared.
     let said = |reconciled| shown(Ledger { reconciled, ..books.clone() });
     assert_eq!(said(Some(with(100.0, 12_034, 3))), format!("saw about 100.0 % of closes: {sum}"));
-    assert_eq!(said(Some(with(99.9, 12_030, 0))), format!("saw 99.9 % of closes in its network namespace: {sum}"));
+    assert_eq!(
+        said(Some(with(99.9, 12_030, 0))),
+        format!("saw 99.9 % of closes in its network namespace; in all: {sum}")
+    );
     assert_eq!(said(Some(Reconciled { percent: None, ..reconciled.clone() })), sum);
     assert_eq!(said(None), sum);
     let lost =

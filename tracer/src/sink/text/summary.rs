@@ -119,10 +119,8 @@ impl Line {
                 line.put(&format!("saw {about}{percent:.1} % of closes"));
             });
             // The kernel's counters are about one network namespace.
-            if reconciled.seen < ledger.seen {
-                self.put(" in its network namespace");
-            }
-            self.put(": ");
+            let others = reconciled.seen < ledger.seen;
+            self.put(if others { " in its network namespace; in all: " } else { ": " });
         }
         self.put(&format!("{seen} seen = {} written", thousands(*written)));
         if filtered > 0 {
