@@ -209,6 +209,10 @@ fn closed_by(connection: &Connection, end: End) -> BTreeSet<&'static str> {
     match connection.first_end() {
         FirstEnd::Nobody => BTreeSet::from(["none"]),
         FirstEnd::One(who) => BTreeSet::from([seen_from(who)]),
+        // Its socket had ended before the peer's FIN came: data that came first was answered with a RST.
+        FirstEnd::Both if connection.sent_by(end).rst.is_some() && !connection.sent_by(end.peer()).fin_acknowledged => {
+            BTreeSet::from(["both", "local"])
+        }
         FirstEnd::Both => BTreeSet::from(["both"]),
         FirstEnd::Crossing(who) => BTreeSet::from([seen_from(who), "local"]),
     }
