@@ -20,7 +20,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::cli::{self, Comm};
 use crate::event::{Cause, Close, ClosedBy, Event, Final, Process};
-use crate::preflight::{Refusal, exit, in_initial_pid_namespace, unescape};
+use crate::preflight::{Refusal, exit, in_initial_pid_namespace, mountinfo, unescape};
 use crate::snapshot;
 
 /// At most so many values of `--peer` and of `--local`: the programs' maps have room for one more.
@@ -434,7 +434,7 @@ fn inode_of(path: &Path) -> io::Result<u32> {
 
 /// Where cgroup hierarchies are mounted.
 #[derive(Debug, Default)]
-struct Mounts {
+pub(crate) struct Mounts {
     /// The cgroup that is mounted, and where.
     cgroups: Vec<(PathBuf, PathBuf)>,
     /// The hierarchy of version 2 is among them.
@@ -443,10 +443,10 @@ struct Mounts {
 
 impl Mounts {
     fn read() -> Self {
-        Self::parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+        Self::parse(&mountinfo())
     }
 
-    fn parse(mountinfo: &str) -> Self {
+    pub(crate) fn parse(mountinfo: &str) -> Self {
         let mut mounts = Self::default();
         for (before, after) in mountinfo.lines().filter_map(|line| line.split_once(" - ")) {
             let kind = after.split(' ').next();

@@ -13,6 +13,8 @@ pub mod doctor;
 pub mod event;
 pub mod explain;
 pub mod filter;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod kernel;
 pub mod manual;
 pub mod offsets;

@@ -315,7 +315,7 @@ pub(crate) fn cgroup(degraded: &mut Vec<String>) -> Result<OwnedFd, Refusal> {
         ),
     };
     // Without `/proc` it is not known where one is mounted.
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounts = mountinfo();
     let open =
         |path: &Path| rustix::fs::open(path, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let cgroup = match mounted(&mounts).iter().find_map(|path| open(path).ok().filter(is_root)) {
@@ -338,7 +338,7 @@ fn is_root(cgroup: &OwnedFd) -> bool {
 }
 
 /// Where cgroup-v2 hierarchies are mounted from their root, by `/proc/self/mountinfo`.
-fn mounted(mountinfo: &str) -> Vec<PathBuf> {
+pub(crate) fn mounted(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo
         .lines()
         .filter_map(|line| {
@@ -349,6 +349,12 @@ fn mounted(mountinfo: &str) -> Vec<PathBuf> {
             (root == "/").then(|| PathBuf::from(unescape(at)))
         })
         .collect()
+}
+
+/// `/proc/self/mountinfo`; empty without `/proc`. A mount point may have any bytes (users may mount, with FUSE): one that is
+/// no UTF-8 must not hide the others.
+pub(crate) fn mountinfo() -> String {
+    String::from_utf8_lossy(&fs::read("/proc/self/mountinfo").unwrap_or_default()).into_owned()
 }
 
 /// Undoes the octal escapes of blanks in `mountinfo`.

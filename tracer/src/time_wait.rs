@@ -77,6 +77,9 @@ pub struct SockDiag {
     buffer: Vec<u8>,
     /// The kernel answers such questions at all.
     answers: bool,
+    /// Answers instead of the kernel's.
+    #[cfg(any(test, feature = "fuzzing"))]
+    script: Option<std::collections::VecDeque<Answer>>,
 }
 
 impl SockDiag {
@@ -86,7 +89,7 @@ impl SockDiag {
     /// The own namespace is not known: `/proc` is not mounted.
     pub fn new() -> io::Result<Self> {
         let own = own_namespace()?;
-        Ok(Self { own, sockets: HashMap::new(), broker: None, sequence: 0, buffer: vec![0; 4096], answers: true })
+        Ok(Self { own, buffer: vec![0; 4096], answers: true, ..Self::unable() })
     }
 
     /// The same, with sockets that the broker opens.
@@ -99,7 +102,22 @@ impl SockDiag {
 
     /// One that knows no namespace, not even its own: every answer will be [`Answer::Unknown`].
     pub fn unable() -> Self {
-        Self { own: 0, sockets: HashMap::new(), sequence: 0, buffer: Vec::new(), answers: false, broker: None }
+        Self {
+            own: 0,
+            sockets: HashMap::new(),
+            sequence: 0,
+            buffer: Vec::new(),
+            answers: false,
+            broker: None,
+            #[cfg(any(test, feature = "fuzzing"))]
+            script: None,
+        }
+    }
+
+    /// One that answers with these, in order, and asks nobody.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn scripted(answers: impl IntoIterator<Item = Answer>) -> Self {
+        Self { script: Some(answers.into_iter().collect()), ..Self::unable() }
     }
 
     /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each. If
@@ -123,13 +141,17 @@ impl SockDiag {
             NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
         match message.payload {
             NetlinkPayload::Done(_) => Ok(()),
-            NetlinkPayload::Error(error) => Err(error.to_io()),
+            NetlinkPayload::Error(error) => Err(refused(error.raw_code())),
             _ => Err(invalid("an unexpected message")),
         }
     }
 
     /// Asks for one socket. Takes some ten microseconds; the first question in another namespace some more.
     pub fn ask(&mut self, question: &Question) -> Answer {
+        #[cfg(any(test, feature = "fuzzing"))]
+        if let Some(script) = &mut self.script {
+            return script.pop_front().unwrap_or(Answer::Unknown);
+        }
         if !self.answers {
             return Answer::Unknown;
         }
@@ -330,6 +352,11 @@ pub(crate) fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
+/// What a negative errno in a reply says. (The crate's own conversion panics, or wraps, for the smallest number.)
+pub(crate) fn refused(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code.checked_neg().unwrap_or(i32::MAX))
+}
+
 /// Offset of `idiag_expires` in a reply: behind `struct nlmsghdr` and the first members of `struct inet_diag_msg`.
 pub(crate) const EXPIRES_AT: usize = 16 + 4 + 48;
 
@@ -337,7 +364,7 @@ pub(crate) const EXPIRES_AT: usize = 16 + 4 + 48;
 ///
 /// # Errors
 /// It is no reply to `sequence`.
-fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
+pub(crate) fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
     let message = NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
     if message.header.sequence_number != sequence {
         return Err(invalid("a reply to another request"));
@@ -355,7 +382,7 @@ fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
             }
             _ => Answer::Alive,
         }),
-        NetlinkPayload::Error(error) => match error.code.map(|code| -code.get()) {
+        NetlinkPayload::Error(error) => match error.code.map(|code| code.get().wrapping_neg()) {
             // No such socket; or one on the 4-tuple that has another cookie.
             Some(code)
                 if code == rustix::io::Errno::NOENT.raw_os_error()

@@ -1,8 +1,9 @@
-//! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs.
+//! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs; and
+//! whether each dependency has its reason in docs/dependencies.md.
 
 use anyhow::Result;
 
-use crate::{ebpf, workspace};
+use crate::{deny, ebpf, workspace};
 
 pub(crate) fn lint() -> Result<()> {
     workspace::succeed(workspace::cargo().args(["fmt", "--all", "--check"]))?;
@@ -12,12 +13,15 @@ pub(crate) fn lint() -> Result<()> {
     clippy(&["--workspace", "--all-targets"])?;
     // Not among all targets, as it needs root to run.
     clippy(&["--package", "tracer", "--test", "kernel"])?;
-    // The fuzz targets: a workspace of their own, which a stable compiler checks but does not link.
-    let manifest = ["--manifest-path", "tracer-ebpf/fuzz/Cargo.toml"];
-    workspace::succeed(workspace::cargo().arg("fmt").args(manifest).arg("--check"))?;
+    // The fuzz targets: workspaces of their own, which a stable compiler checks but does not link.
     let target = workspace::target_dir().join("fuzz");
-    workspace::succeed(
-        workspace::cargo().arg("clippy").args(manifest).arg("--target-dir").arg(target).args(["--", "-D", "warnings"]),
-    )?;
+    for manifest in ["tracer/fuzz/Cargo.toml", "tracer-ebpf/fuzz/Cargo.toml"] {
+        let manifest = ["--manifest-path", manifest];
+        workspace::succeed(workspace::cargo().arg("fmt").args(manifest).arg("--check"))?;
+        let mut clippy = workspace::cargo();
+        clippy.arg("clippy").args(manifest).arg("--target-dir").arg(&target).args(["--", "-D", "warnings"]);
+        workspace::succeed(&mut clippy)?;
+    }
+    deny::list()?;
     ebpf::clippy()
 }

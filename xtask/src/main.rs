@@ -1,7 +1,9 @@
 //! The project's own commands: `cargo xtask SUBCOMMAND`, one file for each.
 
 mod bench;
+mod deny;
 mod ebpf;
+mod fuzz;
 mod lint;
 mod network;
 mod oracle;
@@ -42,6 +44,16 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Licences, sources, duplicates and known weaknesses of all dependencies, by cargo-deny
+    Deny,
+    /// Run the fuzz targets, one after another
+    Fuzz {
+        /// How long each runs
+        #[arg(long, default_value_t = 10)]
+        minutes: u64,
+        /// Only these
+        targets: Vec<String>,
+    },
     /// Formatting and lints, for the host and for the kernel programs
     Lint,
     /// Compare tracer's answers with packet captures, `ss` and the truth, on real servers and clients; as root
@@ -77,6 +89,8 @@ fn main() -> ExitCode {
         Command::Demo => run::run(vec!["--demo".into()]),
         Command::Ebpf { check: false } => ebpf::install(),
         Command::Ebpf { check: true } => ebpf::check(),
+        Command::Deny => deny::deny(),
+        Command::Fuzz { minutes, targets } => fuzz::fuzz(minutes, &targets),
         Command::Lint => lint::lint(),
         Command::Oracle { quick } => oracle::oracle(quick),
         Command::Test { filter } => test::test(filter.as_deref()),

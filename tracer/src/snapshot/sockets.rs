@@ -15,7 +15,7 @@ use netlink_packet_sock_diag::constants::{
 use netlink_packet_sock_diag::inet::{SocketId, StateFlags};
 use netlink_sys::Socket as Netlink;
 
-use crate::time_wait::{EXPIRES_AT, invalid, request, send};
+use crate::time_wait::{EXPIRES_AT, invalid, refused, request, send};
 
 /// What the kernel writes at once: it makes its messages as large as the reader's buffer, up to this.
 const BUFFER: usize = 32 << 10;
@@ -98,7 +98,7 @@ pub fn list(netlink: &Netlink, states: &StateFlags, limit: usize) -> io::Result<
 }
 
 /// Reads what came at once; answers whether the dump has ended.
-fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Socket)) -> io::Result<bool> {
+pub(crate) fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Socket)) -> io::Result<bool> {
     while !replies.is_empty() {
         let message =
             NetlinkMessage::<SockDiagMessage>::deserialize(replies).map_err(|error| invalid(&error.to_string()))?;
@@ -129,8 +129,8 @@ fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Socket)) -> io
                 });
             }
             NetlinkPayload::Done(done) if done.code == 0 => return Ok(true),
-            NetlinkPayload::Done(done) => return Err(io::Error::from_raw_os_error(-done.code)),
-            NetlinkPayload::Error(error) => return Err(error.to_io()),
+            NetlinkPayload::Done(done) => return Err(refused(done.code)),
+            NetlinkPayload::Error(error) => return Err(refused(error.raw_code())),
             _ => return Err(invalid("an unexpected message")),
         }
         // Messages begin at multiples of four bytes.

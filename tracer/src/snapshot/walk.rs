@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::preflight::unescape;
+use crate::preflight::{mountinfo, unescape};
 
 /// Namespaces that are kept.
 const NAMESPACES: usize = 4_096;
@@ -121,8 +121,7 @@ impl Found {
 pub(super) fn walk() -> Found {
     let mut found = Found::default();
     // Names first: they stay when processes end.
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    for (inode, path) in mounted(&mounts) {
+    for (inode, path) in mounted(&mountinfo()) {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
         found.namespace(inode, Namespace { path, name, is_doubtful: false });
     }
@@ -148,12 +147,12 @@ pub(super) fn walk() -> Found {
 }
 
 /// The number in `kind[number]`.
-fn inode(link: &[u8], kind: &[u8]) -> Option<u64> {
+pub(crate) fn inode(link: &[u8], kind: &[u8]) -> Option<u64> {
     std::str::from_utf8(link.strip_prefix(kind)?.strip_suffix(b"]")?).ok()?.parse().ok()
 }
 
 /// Network namespaces that are mounted, by `/proc/self/mountinfo`.
-fn mounted(mountinfo: &str) -> impl Iterator<Item = (u64, PathBuf)> {
+pub(crate) fn mounted(mountinfo: &str) -> impl Iterator<Item = (u64, PathBuf)> {
     mountinfo.lines().filter_map(|line| {
         let (before, after) = line.split_once(" - ")?;
         (after.split(' ').next()? == "nsfs").then_some(())?;

@@ -12,6 +12,7 @@ mod doctor;
 mod endings;
 mod filters;
 mod fin_wait2;
+mod floods;
 mod heads;
 mod hostile;
 mod leftovers;
