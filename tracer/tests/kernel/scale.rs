@@ -36,7 +36,7 @@ struct Record {
 }
 
 /// `VmRSS`, KiB.
-fn resident_kib(pid: u32) -> u64 {
+pub(crate) fn resident_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
     line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
@@ -158,7 +158,13 @@ fn a_hundred_thousand_connections_open_at_once() {
     for ((local, _), record) in &records {
         let is_server = ports.iter().any(|port| local.ends_with(&format!(":{port}")));
         let got = (record.closed_by.as_str(), record.fate.as_str().unwrap_or_default());
-        assert_eq!(got, if is_server { ("remote", "closed") } else { ("local", "time_wait") }, "{local} - {}: {}", record.remote, record.states);
+        assert_eq!(
+            got,
+            if is_server { ("remote", "closed") } else { ("local", "time_wait") },
+            "{local} - {}: {}",
+            record.remote,
+            record.states
+        );
     }
 }
 
