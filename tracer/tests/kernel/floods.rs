@@ -82,6 +82,7 @@ fn read(stdout: BufReader<ChildStdout>, mut each: impl FnMut(&Value)) -> Value {
         }
     }
     assert_eq!(last["type"], "summary");
+    assert_eq!(last["ledger"]["balanced"], true, "every close is accounted for: {}", last["ledger"]);
     last
 }
 
