@@ -125,7 +125,7 @@ fn a_crowd_of_peers_takes_bounded_memory() {
         eprintln!(
             "{COUNT} connections, addresses: {before_kib} KiB before, {half_kib} after half, {after_kib} after all"
         );
-        // Lines that wait to be written vary by some MiB. A group for each address would take more than 20.
+        // Lines that wait to be written vary by some MiB. A group of up to 2 KiB for each address would take far more.
         assert!(after_kib.saturating_sub(half_kib) < 8 << 10, "{half_kib} KiB, then {after_kib} KiB");
         process.signal(Signal::INT);
         assert!(process.wait().success());
