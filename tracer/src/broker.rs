@@ -273,6 +273,13 @@ fn answer(ask: Ask, own: u32) -> (Answer, Option<Socket>) {
     }
 }
 
+/// Reads bytes as a message of either kind, as [`receive`] does.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn read_any(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<Message<Ask>>(bytes);
+    let _ = serde_json::from_slice::<Message<Answer>>(bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

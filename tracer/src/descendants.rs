@@ -31,7 +31,7 @@ pub fn of(pids: &[u32]) -> Result<Vec<Named>, u32> {
 
 /// What is needed of `/proc/<pid>/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stat {
+pub(crate) struct Stat {
     parent: u32,
     start: u64,
 }
@@ -41,7 +41,7 @@ fn stat(pid: u32) -> Option<Stat> {
     parse(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
-fn parse(stat: &[u8]) -> Option<Stat> {
+pub(crate) fn parse(stat: &[u8]) -> Option<Stat> {
     Some(Stat { parent: process::stat_field(stat, 4)?, start: process::stat_field(stat, 22)? })
 }
 

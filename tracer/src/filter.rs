@@ -446,7 +446,7 @@ fn inode_of(path: &Path) -> io::Result<u32> {
 
 /// Where cgroup hierarchies are mounted.
 #[derive(Debug, Default)]
-struct Mounts {
+pub(crate) struct Mounts {
     /// The cgroup that is mounted, and where.
     cgroups: Vec<(PathBuf, PathBuf)>,
     /// The hierarchy of version 2 is among them.
@@ -458,7 +458,7 @@ impl Mounts {
         Self::parse(&mountinfo())
     }
 
-    fn parse(mountinfo: &str) -> Self {
+    pub(crate) fn parse(mountinfo: &str) -> Self {
         let mut mounts = Self::default();
         for (before, after) in mountinfo.lines().filter_map(|line| line.split_once(" - ")) {
             let kind = after.split(' ').next();

@@ -16,6 +16,8 @@ pub mod doctor;
 pub mod event;
 pub mod explain;
 pub mod filter;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod kernel;
 pub mod launcher;
 pub mod ledger;

@@ -347,7 +347,7 @@ fn is_root(cgroup: &OwnedFd) -> bool {
 }
 
 /// Where cgroup-v2 hierarchies are mounted from their root, by `/proc/self/mountinfo`.
-fn mounted(mountinfo: &str) -> Vec<PathBuf> {
+pub(crate) fn mounted(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo
         .lines()
         .filter_map(|line| {

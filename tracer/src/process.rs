@@ -77,7 +77,7 @@ impl Processes {
     }
 
     /// With another directory for `/proc`.
-    fn at(proc: &Path) -> Self {
+    pub(crate) fn at(proc: &Path) -> Self {
         let own = std::fs::read("/proc/self/stat").ok().and_then(|stat| start_ticks(&stat));
         let own = (std::process::id(), own);
         Self { proc: proc.to_owned(), broker: None, cache: LruCache::new(CACHED), believed: BELIEVED, own }
@@ -221,12 +221,12 @@ fn read_file(directory: BorrowedFd<'_>, name: &str) -> rustix::io::Result<Vec<u8
 }
 
 /// The start of the process in clock ticks since boot.
-fn start_ticks(stat: &[u8]) -> Option<u64> {
+pub(crate) fn start_ticks(stat: &[u8]) -> Option<u64> {
     stat_field(stat, 22)
 }
 
 /// The name in `/proc/<pid>/stat`, as it is.
-fn stat_comm(stat: &[u8]) -> Option<&[u8]> {
+pub(crate) fn stat_comm(stat: &[u8]) -> Option<&[u8]> {
     let from = stat.iter().position(|byte| *byte == b'(')? + 1;
     let to = stat.iter().rposition(|byte| *byte == b')')?;
     stat.get(from..to)
@@ -242,7 +242,7 @@ pub(crate) fn stat_field<T: FromStr>(stat: &[u8], number: usize) -> Option<T> {
 
 /// The path in the cgroup-v2 hierarchy; where that is the root or missing, the first other one that says more. In those
 /// others a process that `exits` is shown in the root, wherever it was.
-fn cgroup(file: &[u8], exits: bool) -> Option<&[u8]> {
+pub(crate) fn cgroup(file: &[u8], exits: bool) -> Option<&[u8]> {
     let mut v2 = None;
     let mut v1 = None;
     for line in file.split(|byte| *byte == b'\n') {
@@ -268,7 +268,7 @@ fn cgroup(file: &[u8], exits: bool) -> Option<&[u8]> {
 /// The container that a cgroup's path names: the innermost part that is a container's id, bare (`/docker/ID`,
 /// `/kubepods/…/ID`), as a systemd scope (`docker-ID.scope`, `cri-containerd-ID.scope`, `crio-ID.scope`,
 /// `libpod-ID.scope`), or as containerd writes it for systemd without its driver (`…slice:cri-containerd:ID`).
-fn container(cgroup: &str) -> Option<&str> {
+pub(crate) fn container(cgroup: &str) -> Option<&str> {
     const RUNTIMES: [&str; 6] = ["docker", "cri-containerd", "containerd", "crio", "libpod", "nerdctl"];
     let cgroup = cgroup.strip_suffix(" (deleted)").unwrap_or(cgroup);
     cgroup.rsplit('/').find_map(|part| {

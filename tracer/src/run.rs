@@ -446,9 +446,14 @@ impl Sockstat {
         file.rewind().ok()?;
         let mut text = String::new();
         file.read_to_string(&mut text).ok()?;
-        let mut words = text.lines().find(|line| line.starts_with("TCP:"))?.split(' ').skip_while(|word| *word != "tw");
-        words.nth(1)?.parse().ok()
+        sockets_in_time_wait(&text)
     }
+}
+
+/// The number in `/proc/net/sockstat`.
+pub(crate) fn sockets_in_time_wait(sockstat: &str) -> Option<u64> {
+    let mut words = sockstat.lines().find(|line| line.starts_with("TCP:"))?.split(' ').skip_while(|word| *word != "tw");
+    words.nth(1)?.parse().ok()
 }
 
 /// How many there may be.

@@ -77,6 +77,9 @@ pub struct SockDiag {
     buffer: Vec<u8>,
     /// The kernel answers such questions at all.
     answers: bool,
+    /// Answers instead of the kernel's.
+    #[cfg(any(test, feature = "fuzzing"))]
+    script: Option<std::collections::VecDeque<Answer>>,
 }
 
 impl SockDiag {
@@ -86,7 +89,7 @@ impl SockDiag {
     /// The own namespace is not known: `/proc` is not mounted.
     pub fn new() -> io::Result<Self> {
         let own = own_namespace()?;
-        Ok(Self { own, sockets: HashMap::new(), broker: None, sequence: 0, buffer: vec![0; 4096], answers: true })
+        Ok(Self { own, buffer: vec![0; 4096], answers: true, ..Self::unable() })
     }
 
     /// The same, with sockets that the broker opens.
@@ -99,7 +102,22 @@ impl SockDiag {
 
     /// One that knows no namespace, not even its own: every answer will be [`Answer::Unknown`].
     pub fn unable() -> Self {
-        Self { own: 0, sockets: HashMap::new(), sequence: 0, buffer: Vec::new(), answers: false, broker: None }
+        Self {
+            own: 0,
+            sockets: HashMap::new(),
+            sequence: 0,
+            buffer: Vec::new(),
+            answers: false,
+            broker: None,
+            #[cfg(any(test, feature = "fuzzing"))]
+            script: None,
+        }
+    }
+
+    /// One that answers with these, in order, and asks nobody.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn scripted(answers: impl IntoIterator<Item = Answer>) -> Self {
+        Self { script: Some(answers.into_iter().collect()), ..Self::unable() }
     }
 
     /// Finds out whether the kernel answers such questions at all: without its module it says "no such socket" to each. If
@@ -130,6 +148,10 @@ impl SockDiag {
 
     /// Asks for one socket. Takes some ten microseconds; the first question in another namespace some more.
     pub fn ask(&mut self, question: &Question) -> Answer {
+        #[cfg(any(test, feature = "fuzzing"))]
+        if let Some(script) = &mut self.script {
+            return script.pop_front().unwrap_or(Answer::Unknown);
+        }
         if !self.answers {
             return Answer::Unknown;
         }
@@ -342,7 +364,7 @@ pub(crate) const EXPIRES_AT: usize = 16 + 4 + 48;
 ///
 /// # Errors
 /// It is no reply to `sequence`.
-fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
+pub(crate) fn answer(reply: &[u8], sequence: u32) -> io::Result<Answer> {
     let message = NetlinkMessage::<SockDiagMessage>::deserialize(reply).map_err(|error| invalid(&error.to_string()))?;
     if message.header.sequence_number != sequence {
         return Err(invalid("a reply to another request"));

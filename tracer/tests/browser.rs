@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,7 @@ fn page() -> (TempDir, PathBuf) {
         let mut close = closes[n % closes.len()].clone();
         close.time = begin + SignedDuration::from_millis(10 * n as i64);
         close.remote = SocketAddr::new(close.remote.ip(), 20_000 + (n % 40_000) as u16);
-        if let Some(process) = &mut close.process {
+        if let Some(process) = close.process.as_mut().map(Arc::make_mut) {
             process.pid = 1_000 + (n % 24) as u32;
             if n % 100 == 7 {
                 "<b id=foreign>x</b><script>throw 1</script>".clone_into(&mut process.comm);

@@ -648,29 +648,114 @@ fn page_of(events: &[Event]) -> String {
     page.finish(&summary_of(events), Some("it is \u{202e}<b>cut</b>"))
 }
 
-#[test]
-fn nothing_foreign_gets_into_a_page_as_it_is() {
-    let hostile = "<script>alert(1)</script>'\"&\u{202e}\u{2066}\x1b[31m\0";
+/// What others may call themselves, their files, cgroups and paths. (What was no UTF-8 has become U+FFFD before.)
+const HOSTILE: [&str; 10] = [
+    "<script>alert(1)</script>'\"&\u{202e}\u{2066}\x1b[31m\0",
+    "\x1b]0;title\x07\x1b[2J\x1b[1A\x08",
+    "\u{9b}31m\u{90}\u{9d}0;x\u{9c}",
+    "\u{202a}\u{202b}\u{202c}\u{202d}\u{202e}x\u{2066}\u{2067}\u{2068}\u{2069}\u{200e}\u{200f}\u{61c}",
+    "a\r\n12:00:00 1/forged :80 < 10.0.0.1:1\n{\"type\":\"close\"}\u{85}\u{2028}\u{2029}\u{b}\u{c}",
+    "\"'`\\\\\"}],",
+    "</script></style></title></textarea>--><img src=x onerror=alert(1)>",
+    "<!--&lt;&#60;&amp",
+    "\0\u{1}\u{7f}\u{200b}\u{200d}\u{feff}\u{ad}\u{e0041}",
+    "\u{fffd}\u{fffd}e\u{301}",
+];
+
+/// Events of all kinds, with `hostile` wherever somebody else chose what is there.
+fn saying(hostile: &str) -> Vec<Event> {
     let mut events = of_all_kinds();
+    // The clients here are at fault, so that the advice names one.
+    events.extend((0..20).map(|n| {
+        let mut close = close(n);
+        (close.role, close.cause) = (Role::Client, Cause::RequestClose);
+        Event::Close(Box::new(close))
+    }));
     for event in &mut events {
-        match event {
+        let (processes, http) = match event {
             Event::Start(start) => {
                 for text in [&mut start.host, &mut start.kernel, &mut start.version] {
                     hostile.clone_into(text);
                 }
                 start.filters = vec![hostile.to_owned()];
                 start.degraded = vec![hostile.to_owned()];
+                continue;
             }
             Event::Close(close) | Event::CloseWait(close) => {
-                for process in [&mut close.process, &mut close.closer].into_iter().flatten() {
-                    hostile.clone_into(&mut Arc::make_mut(process).comm);
-                }
-                if let Some(http) = &mut close.http {
-                    (http.method, http.target) = (Some(hostile.to_owned()), Some(hostile.to_owned()));
-                }
-                close.cause = Cause::Unanswered;
+                ([&mut close.process, &mut close.closer].into_iter().flatten().collect(), &mut close.http)
             }
-            _ => {}
+            Event::State(state) => (state.process.iter_mut().collect::<Vec<_>>(), &mut state.http),
+            _ => continue,
+        };
+        for process in processes.into_iter().map(Arc::make_mut) {
+            hostile.clone_into(&mut process.comm);
+            for path in [&mut process.exe, &mut process.cgroup, &mut process.container] {
+                *path = Some(hostile.to_owned());
+            }
+        }
+        if let Some(http) = http {
+            (http.method, http.target) = (Some(hostile.to_owned()), Some(hostile.to_owned()));
+        }
+    }
+    let advice = summary_of(&events).advice.into_iter().find(|advice| advice.text.contains(hostile));
+    assert!(advice.is_some(), "a summary says who is at fault");
+    for event in &mut events {
+        if let Event::Alert(alert) = event {
+            alert.advice.clone_from(&advice);
+        }
+    }
+    events
+}
+
+/// Text, with colours and without; JSON, which is also what `--exec` gets on its stdin; and the page.
+#[test]
+fn whatever_others_are_called_no_output_does_anything_but_show_it() {
+    for hostile in HOSTILE {
+        let mut events = saying(hostile);
+        events.push(Event::Summary(Box::new(summary_of(&events))));
+        let print = |sink: &mut Sink, event: &Event| {
+            let mut out = Vec::new();
+            sink.event(event, &mut out).expect("memory");
+            String::from_utf8(out).expect("UTF-8")
+        };
+        let is_harmless = |text: &str| {
+            !text.chars().any(|c| {
+                c != '\n' && c.is_control()
+                    || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{61c}')
+                    || matches!(c, '\u{ad}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}')
+            })
+        };
+        let [mut plain, mut styled] = [false, true].map(|styled| Sink::Text(Text::new(TimeZone::UTC, styled)));
+        for event in &events {
+            let text = print(&mut plain, event);
+            assert!(is_harmless(&text), "{text:?}");
+            assert!(!text.lines().any(|line| line.contains("1/forged") && !line.contains(r"\x0a")), "{text:?}");
+            let colours = print(&mut styled, event);
+            assert_eq!(anstream::adapter::strip_str(&colours).to_string(), text, "colours are all that is added");
+            let json = print(&mut Sink::json(), event);
+            assert!(is_harmless(&json) && json.matches('\n').count() == 1, "{json:?}");
+            let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+            if matches!(event, Event::Close(close) if close.process.is_some()) {
+                for name in ["comm", "exe", "cgroup", "container"] {
+                    assert_eq!(value["process"][name], hostile, "JSON says exactly what it is");
+                }
+            }
+        }
+        let page = page_of(&events);
+        assert!(is_harmless(&page));
+        // Its own, in this order, and nothing else that a browser would take for a tag of these.
+        for (tag, count) in [("<script", 1), ("</script", 1), ("<style", 1), ("</style", 1), ("<!", 1), ("<img", 0)] {
+            assert_eq!(page.matches(tag).count(), count, "{tag} for {hostile:?}");
+        }
+    }
+}
+
+#[test]
+fn nothing_foreign_gets_into_a_page_as_it_is() {
+    let mut events = saying(HOSTILE[0]);
+    for event in &mut events {
+        if let Event::Close(close) | Event::CloseWait(close) = event {
+            close.cause = Cause::Unanswered;
         }
     }
     let page = page_of(&events);

@@ -11,7 +11,7 @@ use crate::workspace;
 
 const CARGO_DENY: &str = "0.20.2";
 const LIST: &str = "docs/dependencies.md";
-const MANIFESTS: [&str; 2] = ["Cargo.toml", "tracer-ebpf/fuzz/Cargo.toml"];
+const MANIFESTS: [&str; 3] = ["Cargo.toml", "tracer/fuzz/Cargo.toml", "tracer-ebpf/fuzz/Cargo.toml"];
 
 /// Checks all dependencies.
 pub(crate) fn deny() -> Result<()> {

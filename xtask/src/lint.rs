@@ -13,13 +13,15 @@ pub(crate) fn lint() -> Result<()> {
     clippy(&["--workspace", "--all-targets"])?;
     // Not among all targets, as they need root, or a browser, to run.
     clippy(&["--package", "tracer", "--test", "kernel", "--test", "browser"])?;
-    // The fuzz targets: a workspace of their own, which a stable compiler checks but does not link.
-    let manifest = ["--manifest-path", "tracer-ebpf/fuzz/Cargo.toml"];
-    workspace::succeed(workspace::cargo().arg("fmt").args(manifest).arg("--check"))?;
+    // The fuzz targets: workspaces of their own, which a stable compiler checks but does not link.
     let target = workspace::target_dir().join("fuzz");
-    workspace::succeed(
-        workspace::cargo().arg("clippy").args(manifest).arg("--target-dir").arg(target).args(["--", "-D", "warnings"]),
-    )?;
+    for manifest in ["tracer/fuzz/Cargo.toml", "tracer-ebpf/fuzz/Cargo.toml"] {
+        let manifest = ["--manifest-path", manifest];
+        workspace::succeed(workspace::cargo().arg("fmt").args(manifest).arg("--check"))?;
+        let mut clippy = workspace::cargo();
+        clippy.arg("clippy").args(manifest).arg("--target-dir").arg(&target).args(["--", "-D", "warnings"]);
+        workspace::succeed(&mut clippy)?;
+    }
     deny::list()?;
     ebpf::clippy()
 }

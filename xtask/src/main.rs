@@ -5,6 +5,7 @@ mod bpf;
 mod cross;
 mod deny;
 mod ebpf;
+mod fuzz;
 mod lint;
 mod network;
 mod oracle;
@@ -50,6 +51,14 @@ enum Command {
     },
     /// Licences, sources, duplicates and known weaknesses of all dependencies, by cargo-deny
     Deny,
+    /// Run the fuzz targets, one after another
+    Fuzz {
+        /// How long each runs
+        #[arg(long, default_value_t = 10)]
+        minutes: u64,
+        /// Only these
+        targets: Vec<String>,
+    },
     /// Formatting and lints, for the host and for the kernel programs
     Lint,
     /// Compare tracer's answers with packet captures, `ss` and the truth, on real servers and clients; as root
@@ -89,6 +98,7 @@ fn main() -> ExitCode {
         Command::Ebpf { check: false } => ebpf::install(),
         Command::Ebpf { check: true } => ebpf::check(),
         Command::Deny => deny::deny(),
+        Command::Fuzz { minutes, targets } => fuzz::fuzz(minutes, &targets),
         Command::Lint => lint::lint(),
         Command::Oracle { quick } => oracle::oracle(quick),
         Command::Soak(options) => soak::soak(&options),

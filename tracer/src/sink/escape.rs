@@ -6,7 +6,7 @@
 use unicode_width::UnicodeWidthChar as _;
 
 /// Whether a character must not reach a terminal as it is, in any output.
-pub(super) const fn is_hostile(c: char) -> bool {
+pub(crate) const fn is_hostile(c: char) -> bool {
     matches!(c,
         '\0'..='\x1f' | '\x7f'..='\u{9f}' // C0, DEL, C1
         | '\u{ad}' // soft hyphen

@@ -10,7 +10,7 @@
 pub mod pressure;
 pub mod sockets;
 mod text;
-mod walk;
+pub(crate) mod walk;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
@@ -332,7 +332,7 @@ fn settings(unread: &mut Vec<&'static str>) -> Settings {
 }
 
 /// A counter of `/proc/net/netstat`: a line of names, and one of values.
-fn counter(netstat: &str, name: &str) -> Option<u64> {
+pub(crate) fn counter(netstat: &str, name: &str) -> Option<u64> {
     let mut lines = netstat.lines().filter(|line| line.starts_with("TcpExt:"));
     let (names, values) = (lines.next()?, lines.next()?);
     let at = names.split(' ').position(|word| word == name)?;

@@ -98,7 +98,7 @@ pub fn list(netlink: &Netlink, states: &StateFlags, limit: usize) -> io::Result<
 }
 
 /// Reads what came at once; answers whether the dump has ended.
-fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Socket)) -> io::Result<bool> {
+pub(crate) fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Socket)) -> io::Result<bool> {
     while !replies.is_empty() {
         let message =
             NetlinkMessage::<SockDiagMessage>::deserialize(replies).map_err(|error| invalid(&error.to_string()))?;

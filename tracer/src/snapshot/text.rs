@@ -296,6 +296,10 @@ mod tests {
     use super::super::{Owner, States};
     use super::*;
 
+    fn owner(pid: u32, comm: &str) -> Owner {
+        Owner { pid, comm: comm.to_owned() }
+    }
+
     fn snapshot() -> Snapshot {
         let states = States { time_wait: 24_870, fin_wait2: 2, close_wait: 12, established: 30, other: 0 };
         let netns = |netns, name: Option<&str>, own| Netns {
@@ -333,7 +337,6 @@ mod tests {
             unknown_process: 0,
             listener: None,
         };
-        let owner = |pid, comm: &str| Owner { pid, comm: comm.to_owned() };
         Snapshot {
             time: jiff::Timestamp::UNIX_EPOCH,
             version: "0",
@@ -405,7 +408,32 @@ mod tests {
         many.pressure = vec![many.pressure[0].clone(); 500];
         many.namespaces.extend(vec![many.namespaces[1].clone(); 500]);
         let got = text(&many, &TimeZone::UTC, false);
-        assert!(!got.chars().any(|c| c != '\n' && (c.is_control() || c == '\u{202e}')), "{got:?}");
+        let is_harmless = |text: &str| text.chars().all(|c| c == '\n' || !crate::sink::escape::is_hostile(c));
+        assert!(is_harmless(&got), "{got:?}");
+        for hostile in [
+            "\x1b]0;x\x07",
+            "a\r\nb",
+            "\u{9b}31m",
+            "\u{202a}\u{202e}\u{2066}\u{2069}",
+            "\"'\\</script>&",
+            "\0\u{fffd}\u{200b}",
+        ] {
+            let mut odd = snapshot();
+            odd.namespaces[1].name = Some(hostile.to_owned());
+            odd.groups[0].listener = Some(owner(12, hostile));
+            odd.groups[1].processes = vec![owner(7, hostile)];
+            (odd.host, odd.kernel) = (hostile.to_owned(), hostile.to_owned());
+            let text = text(&odd, &TimeZone::UTC, false);
+            assert!(is_harmless(&text), "{text:?}");
+            assert_eq!(text.lines().count(), self::text(&snapshot(), &TimeZone::UTC, false).lines().count(), "{text}");
+            let mut json = Vec::new();
+            crate::sink::json::append(&mut json, &odd).expect("JSON");
+            let json = String::from_utf8(json).expect("UTF-8");
+            assert!(is_harmless(&json) && json.matches('\n').count() == 1, "{json:?}");
+            let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+            assert_eq!(value["namespaces"][1]["name"], hostile);
+            assert_eq!(value["groups"][1]["processes"][0]["comm"], hostile);
+        }
         assert!(got.lines().count() < 80, "{got}");
         for rest in ["and 495 more destinations", "and 492 more network namespaces", "and 481 more groups"] {
             assert!(got.contains(rest), "{rest}:\n{got}");

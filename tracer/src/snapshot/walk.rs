@@ -147,12 +147,12 @@ pub(super) fn walk() -> Found {
 }
 
 /// The number in `kind[number]`.
-fn inode(link: &[u8], kind: &[u8]) -> Option<u64> {
+pub(crate) fn inode(link: &[u8], kind: &[u8]) -> Option<u64> {
     std::str::from_utf8(link.strip_prefix(kind)?.strip_suffix(b"]")?).ok()?.parse().ok()
 }
 
 /// Network namespaces that are mounted, by `/proc/self/mountinfo`.
-fn mounted(mountinfo: &str) -> impl Iterator<Item = (u64, PathBuf)> {
+pub(crate) fn mounted(mountinfo: &str) -> impl Iterator<Item = (u64, PathBuf)> {
     mountinfo.lines().filter_map(|line| {
         let (before, after) = line.split_once(" - ")?;
         (after.split(' ').next()? == "nsfs").then_some(())?;

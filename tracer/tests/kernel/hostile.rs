@@ -1,7 +1,9 @@
 //! Names that others chose: whatever a process calls itself, its file or its cgroup, no output does anything but show it.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 
@@ -10,7 +12,7 @@ use serde_json::{Value, json};
 use crate::cli::is_harmless;
 use crate::names::Cgroup;
 use crate::privacy::Printing;
-use crate::rig::{Guard, Listener, expect, is_socket, ok, wait_until};
+use crate::rig::{Guard, Listener, Namespace, expect, is_socket, ok, run, wait_until};
 
 /// An escape sequence, quotes, bidirectional controls, C1 and a line of its own.
 const ODD: &str = "\u{1b}[2J\"'\\\u{9b}31m\u{202e}\u{2066}\u{200b}{}";
@@ -72,4 +74,20 @@ fn names_do_nothing_to_a_terminal_nor_to_json() {
         assert!(path.ends_with(cgroup.0.file_name().and_then(|name| name.to_str()).expect("UTF-8")), "{path:?}");
         expect(close, &json!({ "process": { "comm": comm, "exe": exe.to_string_lossy(), "cgroup": path } }));
     }
+}
+
+/// A mount point may have any bytes, and users may mount (FUSE).
+#[test]
+fn a_mount_point_that_is_no_text_hides_no_namespace() {
+    let namespace = Namespace::new("mounts");
+    let directory = tempfile::tempdir().expect("a directory");
+    let odd = directory.path().join(OsStr::from_bytes(b"\xff\xfe\x1b[2J"));
+    fs::create_dir(&odd).expect("it is ours");
+    // In a mount namespace that ends with it.
+    let script = r#"mount -t tmpfs none "$1" && exec "$2" snapshot --json"#;
+    let mut snapshot = Command::new("unshare");
+    snapshot.args(["--mount", "sh", "-c", script, "sh"]).arg(&odd).arg(env!("CARGO_BIN_EXE_tracer"));
+    let snapshot: Value = serde_json::from_str(&run(&mut snapshot)).expect("JSON");
+    let namespaces = snapshot["namespaces"].as_array().expect("a list");
+    assert!(namespaces.iter().any(|known| known["name"] == namespace.name.as_str()), "{namespaces:#?}");
 }

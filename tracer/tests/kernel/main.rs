@@ -14,6 +14,7 @@ mod faults;
 mod features;
 mod filters;
 mod fin_wait2;
+mod floods;
 mod heads;
 mod hostile;
 mod ledger;

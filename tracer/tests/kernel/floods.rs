@@ -1,0 +1,172 @@
+//! Floods: what strangers can send without end takes bounded memory, and makes no answer wrong.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::process::{ChildStdout, Command, Stdio};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::rig::{Guard, Namespace, free_port, tracer, wait_until};
+use crate::scale::resident_kib;
+
+/// Connects from ever another address, and closes; waits when half of them are done.
+const CROWD: &str = "
+import socket, sys
+port, count = int(sys.argv[1]), int(sys.argv[2])
+listener = socket.create_server(('0.0.0.0', port))
+for n in range(count):
+    client = socket.socket()
+    client.bind((f'127.{1 + (n >> 14)}.{(n >> 7) & 127}.{1 + (n & 127)}', 0))
+    client.connect(('127.0.0.1', port))
+    server, _ = listener.accept()
+    client.sendall(b'GET /%d HTTP/1.1\\r\\nConnection: close\\r\\n\\r\\n' % n)
+    server.recv(200)
+    server.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n')
+    server.close()
+    client.recv(200)
+    client.close()
+    if 2 * (n + 1) == count:
+        print('half', flush=True)
+        sys.stdin.readline()
+";
+
+/// Sends heads that never end, a byte at a time, on all connections in turn.
+const SLOW: &str = "
+import socket, sys
+port, count = int(sys.argv[1]), int(sys.argv[2])
+listener = socket.create_server(('127.0.0.1', port))
+pairs = []
+for _ in range(count):
+    client = socket.create_connection(('127.0.0.1', port))
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    server, _ = listener.accept()
+    pairs.append((client, server))
+for byte in b'GET /slow HTTP/1.1\\r\\nCookie: a':
+    for client, _ in pairs:
+        client.send(bytes([byte]))
+print('slow', flush=True)
+sys.stdin.readline()
+for client, server in pairs:
+    server.recv(200)
+    client.close()
+    server.close()
+";
+
+/// A tracer of one port in one namespace, that prints to a pipe.
+fn start(namespace: &Namespace, port: u16) -> (Guard, BufReader<ChildStdout>) {
+    let mut command = tracer();
+    command.args(["run", "--json", "--netns", &namespace.inode().to_string(), "--port", &port.to_string()]);
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    let process = Guard(child);
+    let mut start = String::new();
+    stdout.read_line(&mut start).expect("it prints");
+    assert!(start.contains(r#""type":"start""#), "{start}");
+    (process, stdout)
+}
+
+fn script(namespace: &Namespace, script: &str, port: u16, count: usize) -> Command {
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &namespace.name, "python3", "-c", script, &port.to_string(), &count.to_string()]);
+    command
+}
+
+/// Reads all that a tracer prints up to its summary, and gives each close to `each`.
+///
+/// It is understood only when all is there: what waits for a slow reader takes memory of tracer.
+fn read(mut stdout: BufReader<ChildStdout>, mut each: impl FnMut(&Value)) -> Value {
+    let mut last = Value::Null;
+    let mut printed = String::new();
+    stdout.read_to_string(&mut printed).expect("UTF-8");
+    for line in printed.lines() {
+        last = serde_json::from_str(line).expect("JSON");
+        if last["type"] == "close" {
+            each(&last);
+        }
+    }
+    assert_eq!(last["type"], "summary");
+    assert_eq!(last["ledger"]["balanced"], true, "every close is accounted for: {}", last["ledger"]);
+    last
+}
+
+#[test]
+fn a_crowd_of_peers_takes_bounded_memory() {
+    const COUNT: usize = 20_000;
+    let namespace = Namespace::new("crowd");
+    namespace.enter(|| {
+        fs::write("/proc/sys/net/ipv4/tcp_max_tw_buckets", "1000000").expect("we are root");
+    });
+    let port = free_port();
+    let (process, stdout) = start(&namespace, port);
+    let before_kib = resident_kib(process.id());
+    let (summary, closes, wrong) = std::thread::scope(|scope| {
+        let mut process = process;
+        let reader = scope.spawn(move || {
+            let (mut closes, mut wrong) = (0, Vec::new());
+            let summary = read(stdout, |close| {
+                closes += 1;
+                if close["cause"] != "request_close" {
+                    wrong.push(close.clone());
+                }
+            });
+            (summary, closes, wrong)
+        });
+        let mut command = script(&namespace, CROWD, port, COUNT);
+        let mut crowd = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
+        let mut line = String::new();
+        BufReader::new(crowd.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+        assert_eq!(line, "half\n");
+        // By then the ring buffer has been used up to its end, and there are as many groups as may be.
+        let half_kib = resident_kib(process.id());
+        writeln!(crowd.0.stdin.as_mut().expect("piped")).expect("it reads");
+        assert!(crowd.wait().success());
+        let after_kib = resident_kib(process.id());
+        eprintln!(
+            "{COUNT} connections, addresses: {before_kib} KiB before, {half_kib} after half, {after_kib} after all"
+        );
+        // Lines that wait to be written vary by some MiB. A group of up to 2 KiB for each address would take far more.
+        assert!(after_kib.saturating_sub(half_kib) < 8 << 10, "{half_kib} KiB, then {after_kib} KiB");
+        process.signal(Signal::INT);
+        assert!(process.wait().success());
+        reader.join().expect("reading does not fail")
+    });
+    // Each end has its line, or is counted as lost.
+    assert_eq!(closes + summary["lost"].as_u64().expect("a number"), 2 * COUNT as u64, "{closes} closes");
+    assert_eq!(wrong.len(), 0, "{:#?}", wrong.first());
+    assert!(summary["groups"].as_array().expect("a list").len() <= 1_000);
+}
+
+#[test]
+fn heads_that_never_end_take_nothing_of_tracer() {
+    const COUNT: usize = 4_000;
+    let namespace = Namespace::new("slow");
+    let port = free_port();
+    let (process, stdout) = start(&namespace, port);
+    let before_kib = resident_kib(process.id());
+    let (summary, ends) = std::thread::scope(|scope| {
+        let mut process = process;
+        let reader = scope.spawn(move || {
+            let mut ends = Vec::new();
+            let summary = read(stdout, |close| ends.push(close.clone()));
+            (summary, ends)
+        });
+        let mut command = script(&namespace, SLOW, port, COUNT);
+        let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
+        let mut line = String::new();
+        BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+        assert_eq!(line, "slow\n");
+        let after_kib = resident_kib(process.id());
+        eprintln!("{COUNT} unfinished heads: {before_kib} KiB before, {after_kib} KiB after");
+        // All that is known of them is in the kernel, and of a fixed size for each socket.
+        assert!(after_kib.saturating_sub(before_kib) < 1 << 10, "{before_kib} KiB, then {after_kib} KiB");
+        writeln!(slow.0.stdin.as_mut().expect("piped")).expect("it reads");
+        wait_until("its end", || slow.0.try_wait().expect("it is our child").is_some());
+        process.signal(Signal::INT);
+        assert!(process.wait().success());
+        reader.join().expect("reading does not fail")
+    });
+    assert_eq!((ends.len(), summary["lost"].as_u64()), (2 * COUNT, Some(0)));
+    let finished = ends.iter().find(|end| end["http"]["requests"].as_u64().is_some_and(|requests| requests > 0));
+    assert_eq!(finished, None, "a head that has not ended is no request");
+}
