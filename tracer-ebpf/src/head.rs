@@ -487,6 +487,8 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
     if http.stopped != 0 || http.exchange.protocol > protocol::HTTP1 {
         http.stopped = 0;
         http.exchange.protocol = protocol::UNDECIDED;
+        // What the other direction had begun was forgotten, and what it sent meanwhile not looked at.
+        lose_direction(http, EGRESS);
     }
     lose_direction(http, INGRESS);
     // What was seen before stays known otherwise. This may be what was dropped.

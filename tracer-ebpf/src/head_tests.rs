@@ -918,6 +918,13 @@ fn what_tcp_has_not_received_is_not_believed() {
     assert_eq!(c.x().protocol, protocol::OTHER);
     again(&mut c.http, first, 4, first);
     assert_eq!((c.x().protocol, c.has(bit::REQUESTS_LOST)), (protocol::UNDECIDED, true));
+    // What the other direction had begun was forgotten with it.
+    let mut c = Connection::new(CLIENT);
+    let first = c.next[IN];
+    c.send::<OUT>("GET /a").send::<IN>("\u{1}\u{2}\u{3}\u{4}");
+    again(&mut c.http, first, 4, first);
+    c.send::<OUT>("b HTTP/1.1\r\n\r\n");
+    assert_eq!((c.has(bit::HAS_REQUEST), c.has(bit::REQUESTS_LOST)), (false, true));
 }
 
 #[test]
