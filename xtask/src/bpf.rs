@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use btf_rs::{Btf, Type};
@@ -108,48 +108,122 @@ pub(crate) mod uapi {
 }
 
 /// One command; its answer.
-pub(crate) fn call<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the kernel reads `attributes`, of the size that it is told, and reads and writes what it points to, which the
-    // callers keep.
+///
+/// # Safety
+/// `T` is laid out as the kernel expects for `command`. Each address in it is 0, or that of memory that lives until this returns,
+/// is as large as the kernel is told or knows, and may be written where the command writes.
+unsafe fn call<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
+    // SAFETY: the kernel reads `attributes`, of the size that it is told, and what it points to is as the caller vouches.
     let answer = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
     i32::try_from(answer).ok().filter(|answer| *answer >= 0).ok_or_else(io::Error::last_os_error)
 }
 
 /// A command that answers a new descriptor.
-pub(crate) fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: each command that is used with this answers a descriptor that nobody else has.
-    call(command, attributes).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+///
+/// # Safety
+/// As of [`call`]; and `command` is one that answers a descriptor which nobody else has.
+unsafe fn descriptor<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
+    // SAFETY: as the caller vouches.
+    unsafe { call(command, attributes).map(|fd| OwnedFd::from_raw_fd(fd)) }
+}
+
+/// Has the kernel count and time the runs of all programs, until the descriptor is closed.
+pub(crate) fn count_runs() -> io::Result<OwnedFd> {
+    // SAFETY: one number, without an address; what is answered is new.
+    unsafe { descriptor(uapi::BPF_ENABLE_STATS, &uapi::BPF_STATS_RUN_TIME) }
+}
+
+/// A map with keys and values of eight bytes, from which the oldest go where more than `entries` are put in.
+pub(crate) struct Recent(OwnedFd);
+
+impl Recent {
+    pub(crate) fn create(entries: u32) -> io::Result<Self> {
+        let create = uapi::MapCreate {
+            map_type: uapi::BPF_MAP_TYPE_LRU_HASH,
+            key_size: size_of::<u64>() as u32,
+            value_size: size_of::<u64>() as u32,
+            max_entries: entries,
+            map_flags: 0,
+        };
+        // SAFETY: numbers, without an address; what is answered is new.
+        unsafe { descriptor(uapi::BPF_MAP_CREATE, &create) }.map(Self)
+    }
+
+    /// How programs name it.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+
+    /// # Errors
+    /// The kernel does not say.
+    pub(crate) fn contains(&self, key: u64) -> io::Result<bool> {
+        let mut value = 0_u64;
+        let lookup = uapi::MapElement {
+            map_fd: self.descriptor(),
+            _pad: 0,
+            key: std::ptr::from_ref(&key) as u64,
+            value: std::ptr::from_mut(&mut value) as u64,
+            flags: 0,
+        };
+        // SAFETY: key and value outlive the call, and are of the size that this map was made with.
+        match unsafe { call(uapi::BPF_MAP_LOOKUP_ELEM, &lookup) } {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Attaches a program to a cgroup, while the link lives.
+pub(crate) fn link(program: &OwnedFd, cgroup: impl AsFd, attach_type: u32) -> io::Result<OwnedFd> {
+    let target_fd = cgroup.as_fd().as_raw_fd();
+    let link = uapi::LinkCreate { prog_fd: program.as_raw_fd(), target_fd, attach_type, flags: 0 };
+    // SAFETY: numbers, without an address; what is answered is new.
+    unsafe { descriptor(uapi::BPF_LINK_CREATE, &link) }
 }
 
 /// Bytes of a program's name that the kernel keeps.
 pub(crate) const PROGRAM_NAME: usize = 15;
 
-/// Loads a program: its instructions, and what else the kernel must know.
-pub(crate) fn load(name: &str, program: &[u64], mut attributes: uapi::ProgLoad) -> io::Result<OwnedFd> {
-    attributes.insn_cnt = program.len() as u32;
-    attributes.insns = program.as_ptr() as u64;
-    attributes.license = c"GPL".as_ptr() as u64;
+/// What a program is for.
+pub(crate) struct Kind {
+    pub(crate) prog_type: u32,
+    pub(crate) expected_attach_type: u32,
+    /// Of what it attaches to, in the kernel's BTF; 0: none.
+    pub(crate) attach_btf_id: u32,
+}
+
+/// Loads a program.
+pub(crate) fn load(name: &str, program: &[u64], kind: &Kind) -> io::Result<OwnedFd> {
+    let mut attributes = uapi::ProgLoad {
+        prog_type: kind.prog_type,
+        expected_attach_type: kind.expected_attach_type,
+        attach_btf_id: kind.attach_btf_id,
+        insn_cnt: program.len() as u32,
+        insns: program.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        ..uapi::ProgLoad::default()
+    };
     // The kernel wants a NUL behind it.
     for (to, from) in attributes.prog_name.iter_mut().take(PROGRAM_NAME).zip(name.bytes()) {
         *to = from;
     }
-    bpf(uapi::BPF_PROG_LOAD, &attributes)
+    // SAFETY: program and licence outlive the call, the former is as long as is said, the latter ends with NUL, and the kernel
+    // writes to neither; no other address is given. What is answered is new.
+    unsafe { descriptor(uapi::BPF_PROG_LOAD, &attributes) }
 }
 
 /// A program on a tracepoint (`tp_btf`), and its link.
 pub(crate) fn tracepoint(name: &str, program: &[u64], types: &Types) -> Result<[OwnedFd; 2]> {
-    let program = load(
-        name,
-        program,
-        uapi::ProgLoad {
-            prog_type: uapi::BPF_PROG_TYPE_TRACING,
-            expected_attach_type: uapi::BPF_TRACE_RAW_TP,
-            attach_btf_id: types.tracepoint(name)?,
-            ..uapi::ProgLoad::default()
-        },
-    )?;
+    let kind = Kind {
+        prog_type: uapi::BPF_PROG_TYPE_TRACING,
+        expected_attach_type: uapi::BPF_TRACE_RAW_TP,
+        attach_btf_id: types.tracepoint(name)?,
+    };
+    let program = load(name, program, &kind)?;
     let open = uapi::RawTracepointOpen { name: 0, prog_fd: program.as_raw_fd(), _pad: 0 };
-    let link = bpf(uapi::BPF_RAW_TRACEPOINT_OPEN, &open)?;
+    // SAFETY: numbers, and no name; what is answered is new.
+    let link = unsafe { descriptor(uapi::BPF_RAW_TRACEPOINT_OPEN, &open) }?;
     Ok([program, link])
 }
 

@@ -3,12 +3,12 @@
 //! Also here: the counting of program runs.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::bpf::{Types, bpf, load, tracepoint, uapi};
+use crate::bpf::{Kind, Types, count_runs, link, load, tracepoint, uapi};
 
 /// `r0 = result; exit`
 const fn returns(result: i32) -> [u64; 2] {
@@ -22,7 +22,7 @@ pub(crate) struct Counting {
 
 impl Counting {
     pub(crate) fn start() -> Result<Self> {
-        let fd = bpf(uapi::BPF_ENABLE_STATS, &uapi::BPF_STATS_RUN_TIME).context("cannot have program runs counted")?;
+        let fd = count_runs().context("cannot have program runs counted")?;
         Ok(Self { _fd: fd })
     }
 }
@@ -57,22 +57,9 @@ impl Floor {
 
 fn cgroup(name: &str, direction: u32) -> Result<[OwnedFd; 2]> {
     let root = File::open(cgroup_root()?)?;
-    let program = load(
-        name,
-        &returns(1),
-        uapi::ProgLoad {
-            prog_type: uapi::BPF_PROG_TYPE_CGROUP_SKB,
-            expected_attach_type: direction,
-            ..uapi::ProgLoad::default()
-        },
-    )?;
-    let link = uapi::LinkCreate {
-        prog_fd: program.as_raw_fd(),
-        target_fd: root.as_raw_fd(),
-        attach_type: direction,
-        flags: 0,
-    };
-    let link = bpf(uapi::BPF_LINK_CREATE, &link)?;
+    let kind = Kind { prog_type: uapi::BPF_PROG_TYPE_CGROUP_SKB, expected_attach_type: direction, attach_btf_id: 0 };
+    let program = load(name, &returns(1), &kind)?;
+    let link = link(&program, &root, direction)?;
     Ok([program, link])
 }
 

@@ -10,14 +10,14 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::bpf::{Types, bpf, call, tracepoint, uapi};
+use crate::bpf::{Recent, Types, tracepoint, uapi};
 
 /// The last so many cookies are kept: many more than a host ends sockets during one batch.
 const SOCKETS: u32 = 1 << 18;
@@ -25,7 +25,7 @@ const TCP_CLOSE: i32 = 7;
 
 /// Both witnesses, at work.
 pub(super) struct Hidden {
-    ended: OwnedFd,
+    ended: Recent,
     _program: [OwnedFd; 2],
     /// `None`: ftrace cannot be used here.
     destroyed: Option<Ftrace>,
@@ -34,14 +34,7 @@ pub(super) struct Hidden {
 impl Hidden {
     /// Watches; of what ftrace tells, only the sockets of these ports.
     pub(super) fn watch(ports: std::ops::RangeInclusive<u16>) -> Result<Self> {
-        let create = uapi::MapCreate {
-            map_type: uapi::BPF_MAP_TYPE_LRU_HASH,
-            key_size: size_of::<u64>() as u32,
-            value_size: size_of::<u64>() as u32,
-            max_entries: SOCKETS,
-            map_flags: 0,
-        };
-        let ended = bpf(uapi::BPF_MAP_CREATE, &create).context("cannot make a map")?;
+        let ended = Recent::create(SOCKETS).context("cannot make a map")?;
         let program = tracepoint("inet_sock_set_state", &keeps_cookies(&ended), &Types::read()?)?;
         let destroyed = Ftrace::start(ports).inspect_err(|error| {
             eprintln!("oracle: ftrace cannot be used, so a record that is missing is tracer's: {error:#}")
@@ -67,35 +60,23 @@ impl Hidden {
     /// # Errors
     /// The kernel does not say.
     fn was_seen(&self, cookie: u64) -> Result<bool> {
-        let mut value = 0_u64;
-        let lookup = uapi::MapElement {
-            map_fd: self.ended.as_raw_fd(),
-            _pad: 0,
-            key: std::ptr::from_ref(&cookie) as u64,
-            value: std::ptr::from_mut(&mut value) as u64,
-            flags: 0,
-        };
-        match call(uapi::BPF_MAP_LOOKUP_ELEM, &lookup) {
-            Ok(_) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-            Err(error) => Err(error).context("a cookie cannot be looked up"),
-        }
+        self.ended.contains(cookie).context("a cookie cannot be looked up")
     }
 }
 
 /// `if (newstate == TCP_CLOSE) ended[cookie] = 0`, for
 /// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`.
-fn keeps_cookies(ended: &OwnedFd) -> [u64; 17] {
+fn keeps_cookies(ended: &Recent) -> [u64; 17] {
     use uapi::{instruction as op, mov};
     [
-        op(0xbf, 6, 1, 0, 0),                                   // r6 = ctx
-        op(0x79, 1, 6, 16, 0),                                  // r1 = newstate
-        op(0x56, 1, 0, 12, TCP_CLOSE),                          // if w1 != TCP_CLOSE goto out
-        op(0x79, 1, 6, 0, 0),                                   // r1 = sk
-        op(0x85, 0, 0, 0, uapi::GET_SOCKET_COOKIE),             // r0 = the cookie
-        op(0x7b, 10, 0, -8, 0),                                 // *(u64 *)(fp - 8) = r0
-        op(0x7a, 10, 0, -16, 0),                                // *(u64 *)(fp - 16) = 0
-        op(0x18, 1, uapi::PSEUDO_MAP_FD, 0, ended.as_raw_fd()), // r1 = the map, in two
+        op(0xbf, 6, 1, 0, 0),                                    // r6 = ctx
+        op(0x79, 1, 6, 16, 0),                                   // r1 = newstate
+        op(0x56, 1, 0, 12, TCP_CLOSE),                           // if w1 != TCP_CLOSE goto out
+        op(0x79, 1, 6, 0, 0),                                    // r1 = sk
+        op(0x85, 0, 0, 0, uapi::GET_SOCKET_COOKIE),              // r0 = the cookie
+        op(0x7b, 10, 0, -8, 0),                                  // *(u64 *)(fp - 8) = r0
+        op(0x7a, 10, 0, -16, 0),                                 // *(u64 *)(fp - 16) = 0
+        op(0x18, 1, uapi::PSEUDO_MAP_FD, 0, ended.descriptor()), // r1 = the map, in two
         0,
         op(0xbf, 2, 10, 0, 0),                    // r2 = fp
         op(0x07, 2, 0, 0, -8),                    // r2 -= 8
