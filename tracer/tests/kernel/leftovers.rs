@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::rig::{Listener, Tracer, get, ok, wait_until};
 
@@ -23,9 +24,20 @@ pub(crate) fn held_by(pid: u32) -> BTreeSet<(&'static str, u32)> {
     held
 }
 
+/// Whether the kernel still has it.
+///
+/// # Panics
+/// bpftool fails for another reason than that it is gone.
 pub(crate) fn exists((kind, id): (&str, u32)) -> bool {
-    let output = Command::new("bpftool").args([kind, "show", "id", &id.to_string()]).output().expect("bpftool runs");
-    output.status.success()
+    let mut bpftool = Command::new("bpftool");
+    let output = bpftool.args(["--json", kind, "show", "id", &id.to_string()]).output().expect("bpftool runs");
+    if output.status.success() {
+        return true;
+    }
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let error = said["error"].as_str().unwrap_or_default();
+    assert!(error.ends_with("No such file or directory"), "bpftool, asked for {kind} {id}: {output:?}");
+    false
 }
 
 /// What tracer could mount.
