@@ -5,6 +5,7 @@
 //! that `cargo xtask vm` counts.
 
 use std::io::Write as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::LazyLock;
 
 use serde_json::{Value, json};
@@ -60,23 +61,83 @@ fn may_lack(feature: &str, version: (u32, u32)) -> bool {
     version < *since
 }
 
-/// Whether this kernel lacks a feature, `found` being what was seen of it (`None`: its version alone tells).
+/// Whether a kernel of this version lacks a feature.
 ///
 /// # Panics
 /// It is missing, and must not be.
 #[track_caller]
-pub(crate) fn lacks(feature: &str, found: Option<bool>) -> bool {
+fn is_lacking(feature: &str, found: bool, release: &str, version: (u32, u32)) -> bool {
+    assert!(
+        found || may_lack(feature, version),
+        "this kernel, {release}, lacks {feature}, and is new enough to have it"
+    );
+    !found
+}
+
+/// Whether this kernel lacks a feature, `found` being what was seen of it.
+///
+/// # Panics
+/// It is missing, and must not be.
+#[track_caller]
+pub(crate) fn lacks(feature: &str, found: bool) -> bool {
     let (release, version) = &*RELEASE;
-    let may = may_lack(feature, *version);
-    if found.unwrap_or(!may) {
+    if !is_lacking(feature, found, release, *version) {
         return false;
     }
-    assert!(may, "this kernel, {release}, lacks {feature}, and is new enough to have it");
     let thread = std::thread::current();
     let line = format!("skipped: {}: this kernel, {release}, lacks {feature}\n", thread.name().unwrap_or("?"));
     // Not by `println!`, which the test harness keeps to itself.
     std::io::stdout().lock().write_all(line.as_bytes()).expect("stdout is open");
     true
+}
+
+/// Whether this kernel lets a process without any capability read a map that it has open.
+pub(crate) fn maps_without_capability() -> bool {
+    /// `BPF_MAP_CREATE`, `BPF_MAP_LOOKUP_ELEM`, and the beginnings of their `union bpf_attr` (`include/uapi/linux/bpf.h`).
+    const CREATE: i32 = 0;
+    const LOOKUP: i32 = 1;
+    #[repr(C)]
+    struct Create {
+        map_type: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+    }
+    #[repr(C)]
+    struct Lookup {
+        map_fd: u32,
+        _pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    // Capabilities belong to threads.
+    let asked = std::thread::spawn(|| {
+        const ARRAY: u32 = 2;
+        let create = Create { map_type: ARRAY, key_size: 4, value_size: 4, max_entries: 1 };
+        // SAFETY: the kernel reads `create`, of the size that it is told; what it answers is new, and nobody else has it.
+        let map = unsafe {
+            let map = libc::syscall(libc::SYS_bpf, CREATE, &raw const create, size_of::<Create>());
+            assert!(map >= 0, "a map can be made: {}", std::io::Error::last_os_error());
+            OwnedFd::from_raw_fd(map as i32)
+        };
+        caps::clear(None, caps::CapSet::Effective).expect("they can be given up");
+        let (key, mut value) = (0_u32, 0_u32);
+        let lookup = Lookup {
+            map_fd: map.as_raw_fd() as u32,
+            _pad: 0,
+            key: (&raw const key) as u64,
+            value: (&raw mut value) as u64,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads `lookup` and the key, and writes the value; they are as large as the map's, and outlive the
+        // call.
+        let answer = unsafe { libc::syscall(libc::SYS_bpf, LOOKUP, &raw const lookup, size_of::<Lookup>()) };
+        let error = std::io::Error::last_os_error();
+        assert!(answer == 0 || error.raw_os_error() == Some(libc::EPERM), "{error}");
+        answer == 0
+    });
+    asked.join().expect("it answers")
 }
 
 #[test]
@@ -90,13 +151,13 @@ fn this_kernel_has_what_its_version_brought() {
     let mut all = true;
     for (feature, _) in FEATURES {
         let found = match finding(feature) {
-            Some(finding) => Some(finding["status"] == "ok"),
-            None if feature == SECCOMP => Some(!sandbox.contains("no seccomp")),
-            None if feature == MAPS_WITHOUT_CAPABILITY => None,
+            Some(finding) => finding["status"] == "ok",
+            None if feature == SECCOMP => !sandbox.contains("no seccomp"),
+            None if feature == MAPS_WITHOUT_CAPABILITY => maps_without_capability(),
             None => {
                 let wanted: u32 =
                     feature.trim_matches(|c: char| !c.is_ascii_digit()).parse().expect("a finding, or an interface");
-                Some(interface.is_some_and(|interface: u32| interface >= wanted))
+                interface.is_some_and(|interface: u32| interface >= wanted)
             }
         };
         all &= !lacks(feature, found);
@@ -114,6 +175,12 @@ fn what_is_missing_is_passed_over_on_older_kernels_only() {
         assert!(!may_lack(feature, since) && !may_lack(feature, (since.0 + 1, 0)), "{feature}");
         assert!(may_lack(feature, (since.0 - 1, 99)), "{feature}");
     }
-    let new = FEATURES[0].0;
-    assert!(std::panic::catch_unwind(|| lacks(new, Some(false))).is_err(), "this kernel runs tracer, so must have it");
+    let (feature, since) = FEATURES[0];
+    let older = (since.0 - 1, 99);
+    assert!(
+        !is_lacking(feature, true, "", since) && !is_lacking(feature, true, "", older),
+        "what is there is not lacking"
+    );
+    assert!(is_lacking(feature, false, "", older), "it may be missing");
+    assert!(std::panic::catch_unwind(|| is_lacking(feature, false, "", since)).is_err(), "it must not be missing");
 }

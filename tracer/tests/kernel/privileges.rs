@@ -9,7 +9,7 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::features::{MAPS_WITHOUT_CAPABILITY, lacks};
+use crate::features::{MAPS_WITHOUT_CAPABILITY, lacks, maps_without_capability};
 use crate::names::Cgroup;
 use crate::rig::{Listener, Namespace, Pair, Tracer, expect, get, ok, tracer, wait_until};
 use crate::script::Script;
@@ -52,7 +52,7 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         let of_tracer = threads(tracer.pid());
         assert!(of_tracer.len() > 1, "{of_tracer:#?}");
         for (name, status) in of_tracer {
-            let keeps = lacks(MAPS_WITHOUT_CAPABILITY, None);
+            let keeps = lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability());
             let sets = if keeps { status["sets"].clone() } else { json!([NONE]) };
             assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
         }
