@@ -2,9 +2,11 @@
 //!
 //! What comes in: the name of a feature. What goes out: whether this kernel has it. Where it has not, although its version
 //! should, the test fails: what is passed over must never look like what was tested. What is passed over is said, in a line
-//! that `cargo xtask vm` counts.
+//! that `cargo xtask vm` counts: in the file that `TRACER_TEST_SKIPPED` names, or on stdout.
 
-use std::io::Write as _;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::LazyLock;
 
@@ -86,9 +88,17 @@ pub(crate) fn lacks(feature: &str, found: bool) -> bool {
     }
     let thread = std::thread::current();
     let line = format!("skipped: {}: this kernel, {release}, lacks {feature}\n", thread.name().unwrap_or("?"));
-    // Not by `println!`, which the test harness keeps to itself.
-    std::io::stdout().lock().write_all(line.as_bytes()).expect("stdout is open");
+    say(&line, std::env::var_os("TRACER_TEST_SKIPPED").as_deref()).expect("it can be said");
     true
+}
+
+/// Appends a line to a file, or else prints it. On stdout the test harness may be in the middle of a line of its own.
+fn say(line: &str, file: Option<&OsStr>) -> io::Result<()> {
+    match file {
+        Some(file) => File::options().append(true).create(true).open(file)?.write_all(line.as_bytes()),
+        // Not by `println!`, which the test harness keeps to itself.
+        None => io::stdout().lock().write_all(line.as_bytes()),
+    }
 }
 
 /// Whether this kernel lets a process without any capability read a map that it has open.
@@ -118,7 +128,7 @@ pub(crate) fn maps_without_capability() -> bool {
         // SAFETY: the kernel reads `create`, of the size that it is told; what it answers is new, and nobody else has it.
         let map = unsafe {
             let map = libc::syscall(libc::SYS_bpf, CREATE, &raw const create, size_of::<Create>());
-            assert!(map >= 0, "a map can be made: {}", std::io::Error::last_os_error());
+            assert!(map >= 0, "a map can be made: {}", io::Error::last_os_error());
             OwnedFd::from_raw_fd(map as i32)
         };
         caps::clear(None, caps::CapSet::Effective).expect("they can be given up");
@@ -133,7 +143,7 @@ pub(crate) fn maps_without_capability() -> bool {
         // SAFETY: the kernel reads `lookup` and the key, and writes the value; they are as large as the map's, and outlive the
         // call.
         let answer = unsafe { libc::syscall(libc::SYS_bpf, LOOKUP, &raw const lookup, size_of::<Lookup>()) };
-        let error = std::io::Error::last_os_error();
+        let error = io::Error::last_os_error();
         assert!(answer == 0 || error.raw_os_error() == Some(libc::EPERM), "{error}");
         answer == 0
     });
@@ -183,4 +193,20 @@ fn what_is_missing_is_passed_over_on_older_kernels_only() {
     );
     assert!(is_lacking(feature, false, "", older), "it may be missing");
     assert!(std::panic::catch_unwind(|| is_lacking(feature, false, "", since)).is_err(), "it must not be missing");
+}
+
+#[test]
+fn lines_of_tests_that_run_at_once_stay_whole() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("skipped");
+    std::thread::scope(|scope| {
+        for n in 0..4 {
+            let file = file.as_os_str();
+            scope.spawn(move || (0..50).for_each(|_| say(&format!("skipped: {n}\n"), Some(file)).expect("written")));
+        }
+    });
+    let text = std::fs::read_to_string(file).expect("written");
+    for n in 0..4 {
+        assert_eq!(text.lines().filter(|line| *line == format!("skipped: {n}")).count(), 50, "{text}");
+    }
 }

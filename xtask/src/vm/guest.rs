@@ -44,7 +44,8 @@ pub(crate) struct Report {
     pub(crate) skipped: Vec<String>,
 }
 
-/// Runs the payload on a kernel; what the tests print is passed on.
+/// Boots a kernel and runs the payload on it; what the tests print is passed on. `boot`: which one it is of this kernel,
+/// from 1; the consoles of all are kept until the next run.
 pub(crate) fn run(
     directory: &Path,
     kernel: &Kernel,
@@ -52,10 +53,11 @@ pub(crate) fn run(
     root: &Path,
     payload: &Payload,
     limit: Duration,
+    boot: usize,
 ) -> Result<Report> {
     let initramfs = initramfs(directory, kernel)?;
     let disk = disk(directory, kernel, payload)?;
-    let console = directory.join("console");
+    let console = console(directory, boot)?;
     let drive = |image: &Path, name: &str| {
         [
             "-drive".to_owned(),
@@ -83,6 +85,20 @@ pub(crate) fn run(
     let report = listen(guest, limit).with_context(|| format!("the guest's console is in {}", console.display()));
     fs::remove_file(disk)?;
     report
+}
+
+/// Where this boot's console goes to. With the first boot those of an earlier run are removed.
+fn console(directory: &Path, boot: usize) -> Result<PathBuf> {
+    const CONSOLE: &str = "console";
+    if boot == 1 {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            if entry.file_name().to_str().is_some_and(|name| name.split('.').next() == Some(CONSOLE)) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+    }
+    Ok(directory.join(format!("{CONSOLE}.{boot}")))
 }
 
 /// A running qemu, ended when it goes out of scope.
@@ -258,6 +274,26 @@ mod tests {
         with_dependencies(dependencies, "virtio_pci", &mut order);
         with_dependencies(dependencies, "virtio_blk", &mut order);
         assert_eq!(order, ["kernel/a/virtio.ko.xz", "kernel/b/virtio_ring.ko.xz", "kernel/c/virtio_blk.ko.xz"]);
+    }
+
+    #[test]
+    fn the_consoles_of_all_boots_are_kept() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let boot = |n, text: &str| fs::write(console(directory.path(), n).expect("a place"), text).expect("written");
+        let names = || -> Vec<_> {
+            let mut names: Vec<_> = fs::read_dir(directory.path())
+                .expect("it is there")
+                .map(|entry| entry.expect("one").file_name())
+                .collect();
+            names.sort();
+            names
+        };
+        fs::write(directory.path().join("payload.ext4"), "").expect("written");
+        boot(1, "first");
+        boot(2, "second");
+        assert_eq!(names(), ["console.1", "console.2", "payload.ext4"]);
+        boot(1, "of the next run");
+        assert_eq!(names(), ["console.1", "payload.ext4"]);
     }
 
     #[test]

@@ -125,13 +125,19 @@ pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
         let arguments = kernel.lacks.is_none().then(|| format!("--exact {}", wanted.join(" ")));
         let payload = Payload { tracer: tracer.clone(), tests: tests.clone(), go: go.clone(), arguments };
         let limit = Duration::from_secs(if quick { 900 } else { 3600 });
-        let mut report = guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit)?;
-        for _ in 1..BOOTS {
+        let boot = |n| guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit, n);
+        let mut report = boot(1)?;
+        for n in 2..=BOOTS {
             if report.release.is_some() {
                 break;
             }
-            println!("xtask: kernel {} did not boot; once more", kernel.version);
-            report = guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit)?;
+            println!(
+                "xtask: kernel {} did not boot (see console.{} in {}); once more",
+                kernel.version,
+                n - 1,
+                place.display()
+            );
+            report = boot(n)?;
         }
         for (name, reason) in &skipped {
             println!("skipped: {name}: {reason}");
