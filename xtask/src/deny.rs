@@ -1,5 +1,5 @@
-//! `cargo xtask deny`: licences, sources, duplicates and known weaknesses of all dependencies, by cargo-deny and `deny.toml`;
-//! and, also with `cargo xtask lint`, whether `docs/dependencies.md` says of each direct one why it is there.
+//! `cargo xtask deny`: licences, sources, duplicates and known weaknesses of all dependencies, those of the fuzz targets' own
+//! workspaces too, by cargo-deny and `deny.toml`; and, also with `cargo xtask lint`, whether `docs/dependencies.md` says of each direct one why it is there.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,6 +11,7 @@ use crate::workspace;
 
 const CARGO_DENY: &str = "0.20.2";
 const LIST: &str = "docs/dependencies.md";
+/// One for each workspace.
 const MANIFESTS: [&str; 3] = ["Cargo.toml", "tracer/fuzz/Cargo.toml", "tracer-ebpf/fuzz/Cargo.toml"];
 
 /// Checks all dependencies.
@@ -19,13 +20,24 @@ pub(crate) fn deny() -> Result<()> {
     if workspace::find("cargo-deny").is_none() {
         workspace::succeed(workspace::cargo().args(["install", "cargo-deny", "--version", CARGO_DENY, "--locked"]))?;
     }
-    workspace::succeed(workspace::cargo().args(["deny", "--all-features", "check", "licenses", "bans", "sources"]))?;
+    for manifest in MANIFESTS {
+        check(manifest, &["licenses", "bans", "sources"])?;
+    }
     // The list of weaknesses is a git repository; where it cannot be had, that is said, and no reason to fail.
     if let Err(error) = workspace::output(workspace::cargo().args(["deny", "fetch", "db"])) {
         eprintln!("xtask: the advisories could not be fetched, and were NOT checked: {error:#}");
         return Ok(());
     }
-    workspace::succeed(workspace::cargo().args(["deny", "check", "--disable-fetch", "advisories"]))
+    MANIFESTS.into_iter().try_for_each(|manifest| check(manifest, &["--disable-fetch", "advisories"]))
+}
+
+/// Of one workspace, as it is locked. What `deny.toml` allows need not occur in each of them.
+fn check(manifest: &str, what: &[&str]) -> Result<()> {
+    eprintln!("xtask: dependencies of {manifest}");
+    let mut cargo = workspace::cargo();
+    cargo.args(["deny", "--manifest-path", manifest, "--locked", "--all-features", "check", "--config", "deny.toml"]);
+    cargo.args(["--allow", "license-exception-not-encountered", "--allow", "unmatched-skip-root"]);
+    workspace::succeed(cargo.args(what))
 }
 
 /// Compares the manifests with the list.

@@ -51,10 +51,10 @@ enum Command {
     },
     /// Licences, sources, duplicates and known weaknesses of all dependencies, by cargo-deny
     Deny,
-    /// Run the fuzz targets, one after another
+    /// Run the fuzz targets, one after another: see docs/fuzzing.md
     Fuzz {
-        /// How long each runs
-        #[arg(long, default_value_t = 10)]
+        /// How many minutes each runs
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=24 * 60))]
         minutes: u64,
         /// Only these
         targets: Vec<String>,
