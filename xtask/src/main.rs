@@ -8,6 +8,7 @@ mod ebpf;
 mod fuzz;
 mod lint;
 mod network;
+mod nginx;
 mod oracle;
 mod run;
 mod soak;

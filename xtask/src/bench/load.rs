@@ -4,13 +4,14 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::measure;
 use crate::network::{Namespace, Running};
+use crate::nginx::{self, Settings};
 use crate::workspace;
 
 /// What the clients do.
@@ -63,37 +64,10 @@ impl Load {
             namespace.set(name, value);
         }
         std::fs::File::create(directory.join("large"))?.set_len(BODY)?;
-        let config = directory.join("nginx.conf");
-        std::fs::write(
-            &config,
-            format!(
-                "worker_processes 1; daemon off; master_process off; user root; pid {d}/nginx.pid;\n\
-                 error_log {d}/nginx-error.log; events {{ worker_connections 4096; }}\n\
-                 http {{\n\
-                   access_log off; keepalive_requests 1000000000; keepalive_timeout 600s; sendfile on;\n\
-                   client_body_temp_path {d}/t1; proxy_temp_path {d}/t2; fastcgi_temp_path {d}/t3;\n\
-                   uwsgi_temp_path {d}/t4; scgi_temp_path {d}/t5;\n\
-                   server {{\n\
-                     listen {PORT} backlog=4096; root {d};\n\
-                     location = / {{ return 200 \"hello\\n\"; }}\n\
-                   }}\n\
-                 }}\n",
-                d = directory.display(),
-            ),
-        )?;
-        let nginx = workspace::find("nginx").context("no nginx")?;
-        let mut command = namespace.command(&nginx);
-        let nginx = Running::start(command.arg("-p").arg(directory).arg("-c").arg(&config), directory, "nginx")?;
-        let load = Self { namespace, nginx };
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while load.namespace.ss(&["-l", "sport", "=", &format!(":{PORT}")])?.is_empty() {
-            if Instant::now() > deadline {
-                let log = std::fs::read_to_string(directory.join("nginx-error.log")).unwrap_or_default();
-                bail!("nginx does not listen: {}", log.trim());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(load)
+        let http = "keepalive_requests 1000000000; keepalive_timeout 600s; sendfile on;";
+        let settings = Settings { port: PORT, backlog: Some(4096), connections: 4096, http };
+        let nginx = nginx::start(&namespace, directory, &settings)?;
+        Ok(Self { namespace, nginx })
     }
 
     /// A process of the namespace.

@@ -18,7 +18,8 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::net::sockopt::set_socket_linger;
 
 use crate::network::{Namespace, Running};
-use crate::workspace::{self, Program};
+use crate::nginx::{self, Settings};
+use crate::workspace::Program;
 
 /// nginx.
 pub(super) const SERVER: u16 = 18_480;
@@ -192,34 +193,10 @@ fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
     thread.join().map_err(|_| anyhow!("a part of the load panicked"))?
 }
 
+/// nginx, which is done with a connection that nobody uses before the soak is.
 fn serve(namespace: &Namespace, directory: &Path) -> Result<Running> {
-    let config = directory.join("nginx.conf");
-    std::fs::write(
-        &config,
-        format!(
-            "worker_processes 1; daemon off; master_process off; user root; pid {d}/nginx.pid;\n\
-             error_log {d}/nginx-error.log; events {{ worker_connections 1024; }}\n\
-             http {{\n\
-               access_log off; keepalive_timeout 2s; large_client_header_buffers 4 8k;\n\
-               client_body_temp_path {d}/t1; proxy_temp_path {d}/t2; fastcgi_temp_path {d}/t3;\n\
-               uwsgi_temp_path {d}/t4; scgi_temp_path {d}/t5;\n\
-               server {{ listen {SERVER}; location = / {{ return 200 \"hello\\n\"; }} }}\n\
-             }}\n",
-            d = directory.display(),
-        ),
-    )?;
-    let nginx = workspace::find("nginx").context("no nginx")?;
-    let mut command = namespace.command(&nginx);
-    let nginx = Running::start(command.arg("-p").arg(directory).arg("-c").arg(&config), directory, "nginx")?;
-    let deadline = Instant::now() + PATIENCE;
-    while namespace.ss(&["-l", "sport", "=", &format!(":{SERVER}")])?.is_empty() {
-        if Instant::now() > deadline {
-            let log = std::fs::read_to_string(directory.join("nginx-error.log")).unwrap_or_default();
-            bail!("nginx does not listen: {}", log.trim());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(nginx)
+    let http = "keepalive_timeout 2s; large_client_header_buffers 4 8k;";
+    nginx::start(namespace, directory, &Settings { port: SERVER, backlog: None, connections: 1024, http })
 }
 
 /// The clients of one namespace, in the thread that is in it.
