@@ -6,6 +6,7 @@ mod cross;
 mod deny;
 mod ebpf;
 mod fuzz;
+mod hidden;
 mod lint;
 mod network;
 mod nginx;

@@ -529,8 +529,8 @@ fn short_lived_processes_by_the_thousand() {
     clients.tell("end");
     clients.ends();
     let python = fs::read_link(format!("/proc/{}/exe", server.pid())).expect("it runs").display().to_string();
-    // Not all: some kernels show a few ends to no BPF program, see `docs/oracle.md`.
-    let closes = tracer.wait_for_closes(2 * PROCESSES * 99 / 100, |_| true);
+    // Some kernels show a few ends to no BPF program. One of 500 at most, as everywhere: see `docs/oracle.md`.
+    let closes = tracer.wait_for_closes(2 * PROCESSES * 499 / 500, |_| true);
     let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));
     // What is kept, and what had not been read yet by a tracer that got no processor.
     assert!(grown < 8 << 10, "{grown} KiB more for {PROCESSES} processes");

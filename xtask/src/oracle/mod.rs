@@ -6,7 +6,6 @@
 //! at once.
 
 mod compare;
-mod hidden;
 mod network;
 mod packets;
 mod programs;
@@ -27,10 +26,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use self::compare::{Comparison, Ends, Owners, Truth, compare};
-use self::hidden::Hidden;
 use self::network::{Capture, Network, Route};
 use self::packets::{Connection, End, connections};
 use self::programs::{Client, Server};
+use crate::hidden::{self, Hidden};
 use crate::network::{Namespace, Running};
 use crate::workspace;
 
@@ -42,8 +41,6 @@ const LAST_PORT: u16 = 20_999;
 const WHOLE: u64 = 20_000;
 /// For a hundred ends, how many fields tracer may say that it does not know.
 const UNOBSERVED_PERCENT: u64 = 2;
-/// Of so many ends one may be hidden.
-const HIDDEN_ONE_OF: u64 = 500;
 /// Longest wait for anything that must happen. TIME_WAIT lasts 60 s, and must be looked at before.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -111,7 +108,7 @@ pub(crate) fn oracle(quick: bool) -> Result<()> {
     {
         bail!("with {} tracer does not know {} fields of {} ends", server.name(), row.unobserved, row.ends);
     }
-    if total.hidden * HIDDEN_ONE_OF > total.ends {
+    if total.hidden * hidden::ONE_OF > total.ends {
         bail!("the kernel showed {} of {} ends to no BPF program", total.hidden, total.ends);
     }
     if !quick && total.connections < WHOLE {

@@ -19,12 +19,15 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::bpf::{Recent, Types, tracepoint, uapi};
 
-/// The last so many cookies are kept: many more than a host ends sockets during one batch.
+/// Of so many ends one may be hidden: ten times what was seen. Where more are said to be, the witnesses are not believed.
+pub(crate) const ONE_OF: u64 = 500;
+/// The last so many cookies are kept: many more than a host ends sockets during one batch, or until
+/// they are asked for.
 const SOCKETS: u32 = 1 << 18;
 const TCP_CLOSE: i32 = 7;
 
 /// Both witnesses, at work.
-pub(super) struct Hidden {
+pub(crate) struct Hidden {
     ended: Recent,
     _program: [OwnedFd; 2],
     /// `None`: ftrace cannot be used here.
@@ -33,22 +36,38 @@ pub(super) struct Hidden {
 
 impl Hidden {
     /// Watches; of what ftrace tells, only the sockets of these ports.
-    pub(super) fn watch(ports: std::ops::RangeInclusive<u16>) -> Result<Self> {
+    pub(crate) fn watch(ports: std::ops::RangeInclusive<u16>) -> Result<Self> {
         let ended = Recent::create(SOCKETS).context("cannot make a map")?;
         let program = tracepoint("inet_sock_set_state", &keeps_cookies(&ended), &Types::read()?)?;
         let destroyed = Ftrace::start(ports).inspect_err(|error| {
-            eprintln!("oracle: ftrace cannot be used, so a record that is missing is tracer's: {error:#}")
+            eprintln!("xtask: ftrace cannot be used, so a record that is missing is tracer's: {error:#}")
         });
         Ok(Self { ended, _program: program, destroyed: destroyed.ok() })
     }
 
     /// Reads what ftrace has told since.
-    pub(super) fn read(&mut self) -> Result<()> {
+    pub(crate) fn read(&mut self) -> Result<()> {
         self.destroyed.as_mut().map_or(Ok(()), Ftrace::read)
     }
 
+    /// The same; answers the local and remote addresses of those sockets that were hidden, and forgets all. To be called again and
+    /// again: what ftrace tells is held in the kernel only until that has no room.
+    pub(crate) fn take(&mut self) -> Result<Vec<(SocketAddr, SocketAddr)>> {
+        self.read()?;
+        let told = self.destroyed.as_mut().map(|ftrace| std::mem::take(&mut ftrace.cookies)).unwrap_or_default();
+        let mut hidden = Vec::new();
+        for (ends, cookies) in told {
+            for cookie in cookies {
+                if !self.was_seen(cookie)? {
+                    hidden.push(ends);
+                }
+            }
+        }
+        Ok(hidden)
+    }
+
     /// How many sockets with these addresses were hidden, up to the last [`Hidden::read`].
-    pub(super) fn count(&self, local: SocketAddr, remote: SocketAddr) -> Result<usize> {
+    pub(crate) fn count(&self, local: SocketAddr, remote: SocketAddr) -> Result<usize> {
         let cookies = self.destroyed.as_ref().and_then(|ftrace| ftrace.cookies.get(&(local, remote)));
         let mut hidden = 0;
         for cookie in cookies.into_iter().flatten() {
@@ -133,7 +152,7 @@ impl Ftrace {
                 if let Some((ends, cookie)) = destroyed(line) {
                     self.cookies.entry(ends).or_default().push(cookie);
                 } else if line.contains("LOST") {
-                    eprintln!("oracle: ftrace: {line}");
+                    eprintln!("xtask: ftrace: {line}");
                 }
             }
             self.rest.drain(..whole);
@@ -193,7 +212,7 @@ impl Drop for Instance {
         // Whether it could be removed or not: the directory is emptied next.
         for done in [removed, unmount(self.mounted.path(), UnmountFlags::DETACH).map_err(io::Error::from)] {
             if let Err(error) = done {
-                eprintln!("oracle: {}: {error}", self.path.display());
+                eprintln!("xtask: {}: {error}", self.path.display());
             }
         }
     }
