@@ -188,6 +188,11 @@ pub fn examine(strict: bool) -> Report {
     }
     let check = |result: Result<(), String>| result.err().into_iter().collect::<Vec<_>>();
     findings.checked("pid_namespace", &check(preflight::pid_namespace()), "process ids are the host's");
+    findings.checked(
+        "time_namespace",
+        &check(preflight::time_namespace()),
+        "how far clocks are from the host's is known",
+    );
     findings.checked("proc", &check(preflight::processes()), "/proc shows all processes");
     if Path::new(JIT).exists() && fs::read(JIT).is_ok() {
         findings.checked("jit", &check(preflight::jit()), "the kernel compiles BPF programs");

@@ -18,6 +18,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 use tracer_ebpf::Offsets;
 
 use crate::offsets::{Types, VMLINUX};
+use crate::time_namespace;
 
 /// Why tracer does not start, and what to do about it.
 #[derive(Debug)]
@@ -120,6 +121,7 @@ pub fn check() -> Result<Host, Refusal> {
     let offsets = kernel()?;
     let cgroup = cgroup(&mut degraded)?;
     degraded.extend(pid_namespace().err());
+    degraded.extend(time_namespace().err());
     degraded.extend(processes().err());
     degraded.extend(jit().err());
     Ok(Host { cgroup, offsets, degraded })
@@ -136,6 +138,20 @@ pub(crate) fn pid_namespace() -> Result<(), String> {
     }
     Err("not in the host's pid namespace: process ids are the host's, and exe, cgroup and container are not looked up; \
          run tracer on the host (in a container: --pid=host)"
+        .to_owned())
+}
+
+/// Whether it is known how far the clocks are from the host's.
+///
+/// # Errors
+/// What it costs that it is not.
+pub(crate) fn time_namespace() -> Result<(), String> {
+    if time_namespace::is_known() {
+        return Ok(());
+    }
+    Err("in a time namespace that is another one than that of its children, so that its shifts cannot be read: dates are off \
+         by them, lines may come late, and --pid finds no process; run tracer on the host, or once more from within \
+         (unshare --fork tracer run)"
         .to_owned())
 }
 

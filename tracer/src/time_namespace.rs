@@ -3,7 +3,7 @@
 //! The kernel programs know the host's clocks only; this process sees those of its namespace, and so does `/proc`, when it
 //! tells when a process started. What comes in: `/proc/self/timens_offsets`. What goes out: two shifts, read once and before
 //! this process confines itself. A namespace's shifts never change once a process is in it. Nothing here fails: a kernel
-//! without time namespaces has no shifts.
+//! without time namespaces has no shifts, and where they cannot be read they are taken for none; [`is_known`] says so.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -26,16 +26,42 @@ pub(crate) fn shifts() -> Shifts {
     *SHIFTS.get_or_init(|| of_this_namespace().map(|text| parse(&text)).unwrap_or_default())
 }
 
-/// `/proc/self/timens_offsets`, if this process is in the namespace that it is about: that of children to come. `None` in the
-/// host's (`PROC_TIME_INIT_INO`, `include/linux/proc_ns.h`).
+/// `/proc/self/timens_offsets`, if it is about the namespace that this process is in.
 fn of_this_namespace() -> Option<String> {
-    const HOST: u64 = 0xEFFF_FFFA;
+    (namespace() == Namespace::Shifted).then(|| fs::read_to_string("/proc/self/timens_offsets").ok()).flatten()
+}
+
+/// Whether the shifts of this process are known. They are not where it is in another namespace than its children are to be in:
+/// only the shifts of the latter can be read. Kernels that enter it with `exec` leave no process that way when it starts.
+pub(crate) fn is_known() -> bool {
+    namespace() != Namespace::Unreadable
+}
+
+/// Which time namespace this process is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Namespace {
+    /// The host's, or this kernel has no others.
+    Host,
+    /// Another one, whose shifts can be read.
+    Shifted,
+    /// Another one, whose shifts cannot.
+    Unreadable,
+}
+
+fn namespace() -> Namespace {
     let inode = |name: &str| Some(fs::metadata(format!("/proc/self/ns/{name}")).ok()?.ino());
-    let own = inode("time")?;
-    if own == HOST || inode("time_for_children") != Some(own) {
-        return None;
+    judge(inode("time"), inode("time_for_children"))
+}
+
+/// From the inodes of the namespaces of a process, and of its children to come.
+fn judge(own: Option<u64>, children: Option<u64>) -> Namespace {
+    /// `PROC_TIME_INIT_INO`, `include/linux/proc_ns.h`
+    const HOST: u64 = 0xEFFF_FFFA;
+    match own {
+        None | Some(HOST) => Namespace::Host,
+        _ if own == children => Namespace::Shifted,
+        _ => Namespace::Unreadable,
     }
-    fs::read_to_string("/proc/self/timens_offsets").ok()
 }
 
 /// A start that the kernel told, in nanoseconds since boot, as this process's `/proc/<pid>/stat` shows it: clock ticks.
@@ -69,6 +95,18 @@ mod tests {
         let text = "monotonic      100000         5\nboottime           -2 500000000\n";
         assert_eq!(parse(text), Shifts { monotonic_ns: 100_000_000_000_005, boottime_ns: -1_500_000_000 });
         assert_eq!(parse("monotonic           0         0\nboottime            0         0\n"), Shifts::default());
+    }
+
+    #[test]
+    fn only_the_namespace_of_children_can_be_read() {
+        const HOST: u64 = 4_026_531_834;
+        assert_eq!(judge(None, None), Namespace::Host, "a kernel without, or no /proc");
+        assert_eq!(judge(Some(HOST), Some(HOST)), Namespace::Host);
+        assert_eq!(judge(Some(HOST), Some(7)), Namespace::Host, "the children's is not this one");
+        assert_eq!(judge(Some(7), Some(7)), Namespace::Shifted);
+        assert_eq!(judge(Some(7), Some(8)), Namespace::Unreadable);
+        assert_eq!(judge(Some(7), Some(HOST)), Namespace::Unreadable);
+        assert_eq!(judge(Some(7), None), Namespace::Unreadable);
     }
 
     #[test]

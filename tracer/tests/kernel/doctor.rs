@@ -76,9 +76,16 @@ const HOOKS: [&str; 11] = [
 #[test]
 fn as_root_every_hook_is_tried() {
     let found = report(&tracer().args(["doctor", "--json"]).output().expect("it runs"), 0);
-    for name in
-        HOOKS.into_iter().chain(["capabilities", "btf", "kernel", "cgroup2", "pid_namespace", "proc", "sock_diag"])
-    {
+    for name in HOOKS.into_iter().chain([
+        "capabilities",
+        "btf",
+        "kernel",
+        "cgroup2",
+        "pid_namespace",
+        "time_namespace",
+        "proc",
+        "sock_diag",
+    ]) {
         assert_eq!(status(&found, name), "ok", "{found:#}");
     }
     // It is what `run` attaches.
@@ -201,6 +208,31 @@ fn with_processes_hidden() {
     // Root sees them.
     let found = report(&in_mounts_where(&format!("{hide}; exec $tracer doctor --json"), &binary), 0);
     assert_eq!(status(&found, "proc"), "ok");
+}
+
+/// As older kernels leave a process that has unshared its time namespace, and then called `exec`: in the one, with its children to
+/// be in another. Here its `ns` directory is made up, by the process id that stays the same.
+#[test]
+fn in_a_time_namespace_whose_shifts_cannot_be_read() {
+    let (_directory, binary) = reachable();
+    let made_up = |same: &str| {
+        let script = format!(
+            "of=/proc/$$/ns; mount -t tmpfs ns $of; touch $of/time; {same} $of/time_for_children; exec $tracer doctor --json"
+        );
+        report(&in_mounts_where(&script, &binary), 0)
+    };
+    let found = made_up("touch");
+    let finding = findings(&found, "time_namespace")[0];
+    expect(finding, &json!({ "status": "degraded" }));
+    assert!(finding["mend"].to_string().contains("unshare --fork"), "{found:#}");
+    assert_eq!(status(&made_up("ln $of/time"), "time_namespace"), "ok");
+    // The remedy, in a namespace of its own that is real.
+    let output = Command::new("unshare")
+        .args(["--time", "--boottime", "100", "unshare", "--fork"])
+        .arg(&binary)
+        .args(["doctor", "--json"])
+        .output();
+    assert_eq!(status(&report(&output.expect("unshare runs"), 0), "time_namespace"), "ok");
 }
 
 #[test]
