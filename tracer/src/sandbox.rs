@@ -153,7 +153,6 @@ const BOTH: &[i64] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
@@ -165,7 +164,6 @@ const BOTH: &[i64] = &[
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
-    libc::SYS_madvise,
     libc::SYS_set_robust_list,
     libc::SYS_set_tid_address,
     libc::SYS_rseq,
@@ -242,10 +240,22 @@ fn allowed(part: Part) -> Result<Rules> {
     };
     only(libc::SYS_mmap, vec![none_of(2, libc::PROT_EXEC)?])?;
     only(libc::SYS_mprotect, vec![none_of(2, libc::PROT_EXEC)?])?;
+    // Advice, but not that a page of memory is broken: with `CAP_SYS_ADMIN`, which the broker has, the kernel takes it from all
+    // who use it, though it may be a file's.
+    let is_not = |argument, value: libc::c_int| -> Result<SeccompCondition> {
+        let value = u64::from(value.cast_unsigned());
+        Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value)?)
+    };
+    only(libc::SYS_madvise, vec![is_not(2, libc::MADV_HWPOISON)?, is_not(2, libc::MADV_SOFT_OFFLINE)?])?;
     // Threads, but no processes.
     let thread = u64::from(libc::CLONE_THREAD.cast_unsigned());
     let is_thread = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(thread), thread)?;
     only(libc::SYS_clone, vec![is_thread])?;
+    // What is asked of a descriptor, and one more of it. Others make it signal any process of the same user, or hold up who
+    // opens or locks a file.
+    for command in [libc::F_GETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC] {
+        only(libc::SYS_fcntl, vec![is(1, u64::from(command.cast_unsigned()))?])?;
+    }
     // A name for a thread, or for the memory of an allocator.
     for option in [libc::PR_SET_NAME, libc::PR_SET_VMA] {
         only(libc::SYS_prctl, vec![is(0, u64::from(option.cast_unsigned()))?])?;
@@ -269,7 +279,8 @@ fn allowed(part: Part) -> Result<Rules> {
             let writes = libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC;
             only(libc::SYS_openat, vec![none_of(2, writes)?])?;
             only(libc::SYS_setns, vec![is(1, u64::from(libc::CLONE_NEWNET.cast_unsigned()))?])?;
-            only(libc::SYS_socket, vec![is(0, u64::from(libc::AF_NETLINK.cast_unsigned()))?])?;
+            let (netlink, diag) = (libc::AF_NETLINK.cast_unsigned(), libc::NETLINK_SOCK_DIAG.cast_unsigned());
+            only(libc::SYS_socket, vec![is(0, netlink.into())?, is(2, diag.into())?])?;
         }
     }
     Ok(rules)
@@ -277,6 +288,8 @@ fn allowed(part: Part) -> Result<Rules> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd as _;
+
     use super::*;
 
     /// Runs `attempt` in a thread that is confined, which nothing can be undone of.
@@ -330,16 +343,67 @@ mod tests {
 
     #[test]
     fn the_broker_reads_but_cannot_seek_and_never_writes() {
-        let (read, written, sought, other) = confined(Part::Broker, || {
+        let (read, written, sought, other, netlink) = confined(Part::Broker, || {
             let memory = std::fs::File::open("/proc/self/mem");
             let sought = errno(memory.and_then(|mut file| io::Seek::seek(&mut file, io::SeekFrom::Start(4096))));
             let read = rustix::fs::readlink("/proc/self/exe", Vec::new()).is_ok();
             let written = errno(std::fs::OpenOptions::new().write(true).open("/dev/null"));
             let other = errno(std::net::TcpListener::bind(("127.0.0.1", 0)));
-            (read, written, sought, other)
+            let netlink = [libc::NETLINK_SOCK_DIAG, libc::NETLINK_ROUTE, libc::NETLINK_GENERIC]
+                .map(|protocol| errno(netlink_sys::Socket::new(protocol as isize)));
+            (read, written, sought, other, netlink)
         });
         let no = Some(libc::EPERM);
-        assert_eq!((read, written, sought, other), (true, no, no, no));
+        assert_eq!((read, written, sought, other, netlink), (true, no, no, no, [None, no, no]));
+    }
+
+    /// A socket can be told to signal any process of its user when something comes: `kill` by another name.
+    #[test]
+    fn neither_signals_nor_locks_by_fcntl() {
+        for part in [Part::Broker, READER, Part::Reader { ends_children: true }] {
+            let mut victim = std::process::Command::new("sleep").arg("60").spawn().expect("it starts");
+            let pid = i32::try_from(victim.id()).expect("an id");
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("sockets");
+            let file = std::fs::File::open("/proc/self/exe").expect("it can be read");
+            let answers = confined(part, move || {
+                let fcntl = |fd: i32, command, argument: i64| {
+                    // SAFETY: numbers only, or a lock that outlives the call.
+                    let answer = unsafe { libc::fcntl(fd, command, argument) };
+                    (answer < 0).then(|| io::Error::last_os_error().raw_os_error()).flatten()
+                };
+                let fd = ours.as_raw_fd();
+                let answers = [
+                    fcntl(fd, libc::F_SETOWN, pid.into()),
+                    fcntl(fd, 10 /* F_SETSIG */, libc::SIGKILL.into()),
+                    fcntl(fd, libc::F_SETFL, libc::O_ASYNC.into()),
+                    fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK.into()),
+                ];
+                // What the standard library asks, and what duplicates.
+                assert_eq!(fcntl(fd, libc::F_GETFD, 0), None);
+                ours.try_clone().expect("a descriptor can be had twice");
+                io::Write::write_all(&mut &theirs, b"x").expect("it is open");
+                answers
+            });
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            let ended = victim.try_wait().expect("it can be asked");
+            victim.kill().expect("it can be ended");
+            victim.wait().expect("it ends");
+            assert_eq!((answers, ended), ([Some(libc::EPERM); 4], None), "{part:?}");
+        }
+    }
+
+    #[test]
+    fn no_page_is_declared_broken() {
+        for part in [Part::Broker, READER] {
+            let answers = confined(part, || {
+                [libc::MADV_DONTNEED, libc::MADV_HWPOISON, libc::MADV_SOFT_OFFLINE].map(|advice| {
+                    // SAFETY: an aligned address, and no byte behind it.
+                    let answer = unsafe { libc::madvise(std::ptr::without_provenance_mut(4096), 0, advice) };
+                    (answer < 0).then(|| io::Error::last_os_error().raw_os_error()).flatten()
+                })
+            });
+            assert_eq!(answers, [None, Some(libc::EPERM), Some(libc::EPERM)], "{part:?}");
+        }
     }
 
     #[test]
