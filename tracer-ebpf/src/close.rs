@@ -153,7 +153,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
                 // A RST that was sent to an old connection of the peer's, or came from it, did not end this one.
                 conn.flags &= !(flag::RST_SENT | flag::RST_RECEIVED);
                 conn.first_end = first_end::NONE;
-                conn.end_ns = 0;
+                conn.http.ending.at_ns = 0;
                 conn.rst_seen = 0;
             }
             if let Some((rcv_nxt, snd_una)) = sock::progress(sk) {
@@ -214,15 +214,14 @@ unsafe fn cloned(sk: Sock) {
         (*handover).valid = 0;
         // It has no addresses yet: whether it passes is asked at its next transition.
         let Some(conn) = conn::create(sk) else { return };
-        conn.role = role::SERVER;
-        conn.marks |= mark::HANDED_OVER | if (*handover).syn != 0 { mark::HANDED_SYN } else { 0 };
-        conn.handed_seq = (*handover).seq;
-        conn.handed_len = (*handover).len;
-        conn.payload_ns = (*handover).payload_ns;
         copy_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>(
             (&raw mut conn.http).cast(),
             (&raw const (*handover).http).cast(),
         );
+        conn.role = role::SERVER;
+        conn.marks = mark::HANDED_OVER | if (*handover).syn != 0 { mark::HANDED_SYN } else { 0 };
+        conn.handed_seq = (*handover).seq;
+        conn.handed_len = (*handover).len;
     }
 }
 

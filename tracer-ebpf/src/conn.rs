@@ -9,7 +9,7 @@ use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
-use tracer_ebpf::head::{self, Http, clamp};
+use tracer_ebpf::head::{self, EGRESS, Http, INGRESS, clamp};
 use tracer_ebpf::{
     NAMESPACES, PREFIXES, Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, kind, pack_state,
 };
@@ -33,29 +33,20 @@ pub(crate) mod mark {
 /// What is known of one socket. Times are `bpf_ktime_get_ns`.
 ///
 /// Tracepoints and egress run where the socket is locked; ingress and the walk over open files do not, and may run on
-/// another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`, its own `payload_end` and
-/// stream of [`Http`]) or single words whose last writer may win (`payload_ns`, `end_ns`, `first_end`); the first sight of
-/// a socket, from wherever, is one program's alone (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
+/// another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`, its own stream of [`Http`]) or single
+/// words whose last writer may win (`end_ns`, `first_end`); the first sight of a socket, from wherever, is one program's alone
+/// (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
 ///
 /// With what the kernel adds (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes, all
-/// of which are cleared for each socket.
+/// of which are cleared for each socket. The kernel puts it 8 bytes behind the begin of a cache line. That line is read by each
+/// program, so what is written for each message is not in it: see [`Http`].
 #[repr(C)]
 pub(crate) struct Conn {
     /// 0: nobody has seen the socket yet.
     pub(crate) cookie: u64,
-    pub(crate) established_ns: u64,
-    pub(crate) payload_ns: u64,
-    pub(crate) end_ns: u64,
-    pub(crate) states: [u64; STATES],
     pub(crate) owner: Task,
-    pub(crate) closer: Task,
     /// [`flag`] bits.
     pub(crate) flags: u32,
-    /// Sequence number and size of the payload that was read before the socket was cloned, if [`mark::HANDED_OVER`].
-    pub(crate) handed_seq: u32,
-    pub(crate) handed_len: u32,
-    /// Sequence number after the last new payload byte, for each direction; 0: none yet.
-    pub(crate) payload_end: [u32; 2],
     /// 1: somebody writes the owner.
     pub(crate) owner_busy: u32,
     pub(crate) role: u8,
@@ -71,8 +62,16 @@ pub(crate) struct Conn {
     /// Not 0: that it stays in CLOSE_WAIT was told. Only the walk over all sockets changes this.
     pub(crate) close_wait_told: u8,
     pub(crate) http: Http,
+    pub(crate) states: [u64; STATES],
+    pub(crate) established_ns: u64,
+    /// Sequence number and size of the payload that was read before the socket was cloned, if [`mark::HANDED_OVER`].
+    pub(crate) handed_seq: u32,
+    pub(crate) handed_len: u32,
 }
 const _: () = assert!(size_of::<Conn>() <= 512 - 72);
+const _: () = assert!((8 + core::mem::offset_of!(Conn, http)) % 64 == 0);
+// Verifiers believe that `push_state` may write up to here.
+const _: () = assert!(core::mem::offset_of!(Conn, states) + 8 * 8 <= size_of::<Conn>());
 
 /// A request that arrived at a listener, waiting for the socket that will be cloned from it.
 #[repr(C)]
@@ -82,7 +81,6 @@ pub(crate) struct Handover {
     pub(crate) len: u32,
     /// Not 0: with a SYN.
     pub(crate) syn: u32,
-    pub(crate) payload_ns: u64,
     pub(crate) http: Http,
 }
 
@@ -267,7 +265,7 @@ impl Conn {
     pub(crate) fn first_end(&mut self, who: u8, at_ns: u64) {
         if self.first_end == tracer_ebpf::first_end::NONE {
             self.first_end = who;
-            self.end_ns = at_ns;
+            self.http.ending.at_ns = at_ns;
         }
     }
 }
@@ -342,7 +340,9 @@ fn passes(conn: &Conn) -> bool {
     if filters & filter::PID != 0 && conn.marks & (mark::OWNER_ASKED | mark::CLOSER_ASKED) == 0 {
         return false;
     }
-    filters & filter::COMM == 0 || COMMS.get_ptr(conn.owner.comm).is_some() || COMMS.get_ptr(conn.closer.comm).is_some()
+    filters & filter::COMM == 0
+        || COMMS.get_ptr(conn.owner.comm).is_some()
+        || COMMS.get_ptr(conn.http.ending.closer.comm).is_some()
 }
 
 /// What became of a record.
@@ -381,11 +381,12 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
         (*record).at_ns = at_ns;
         (*record).cookie = conn.cookie;
         (*record).established_ns = conn.established_ns;
-        (*record).payload_ns = conn.payload_ns;
-        (*record).end_ns = conn.end_ns;
+        let [received, sent] = [conn.http.streams[INGRESS].payload_ns, conn.http.streams[EGRESS].payload_ns];
+        (*record).payload_ns = if received > sent { received } else { sent };
+        (*record).end_ns = conn.http.ending.at_ns;
         copy_words::<STATES>((&raw mut (*record).states).cast(), (&raw const conn.states).cast());
         copy_words::<4>((&raw mut (*record).owner).cast(), (&raw const conn.owner).cast());
-        copy_words::<4>((&raw mut (*record).closer).cast(), (&raw const conn.closer).cast());
+        copy_words::<4>((&raw mut (*record).closer).cast(), (&raw const conn.http.ending.closer).cast());
         (*record).flags = conn.flags | if conn.older != 0 { flag::STARTED_BEFORE } else { 0 };
         (*record).kind = kind;
         (*record).old_state = old as u8;

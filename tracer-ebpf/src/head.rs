@@ -4,6 +4,8 @@
 //! goes out: [`Exchange`], which leaves the kernel as it is. It must never take a body for a head or a head for a body,
 //! never say "absent" of what it has not seen, and never copy anything else of a head out.
 
+use core::mem::offset_of;
+
 /// Bytes of the target that are kept.
 pub const TARGET: usize = 64;
 /// Bytes of the method that are kept; a longer method is not taken for HTTP.
@@ -117,13 +119,35 @@ pub const INGRESS: usize = 0;
 /// The direction of what the socket sends.
 pub const EGRESS: usize = 1;
 
-/// Words of the window of payload that [`step`] reads.
-pub const WINDOW_WORDS: usize = 24;
-/// Its bytes. More would help long lines, but the stack of all frames together is 512 bytes.
+/// Bytes of payload that the window is filled with at most. More would help long lines, but the stack of all frames together is
+/// 512 bytes.
 pub const WINDOW: usize = WINDOW_WORDS * 8;
-/// The byte that is looked at lies in one of the first 16 words: the 8 behind it are in bounds.
-const INDEX_MASK: i32 = 15;
-const LAST_POSITION: u32 = 127;
+const WINDOW_WORDS: usize = 28;
+
+/// The bytes of a segment that [`step`] reads, and how far it is. It does not belong to the socket, whose state two
+/// processors share: what is written here is no other's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// To be filled where [`refill`] says so. Behind what is filled may be anything.
+    pub words: [u64; WINDOW_WORDS],
+    /// Position in the current segment, and its length.
+    at: u32,
+    len: u32,
+    /// Where in the segment the window begins, and how much of it is filled.
+    from: u32,
+    filled: u32,
+}
+
+impl Window {
+    /// With nothing in it.
+    pub const EMPTY: Self = Self { words: [0; WINDOW_WORDS], at: 0, len: 0, from: 0, filled: 0 };
+}
+
+/// Bytes that are searched at once.
+const REACH: usize = 64;
+/// The last byte that [`REACH`] bytes follow: what is looked at lies up to here.
+const LAST_POSITION: u32 = (WINDOW - REACH - 1) as u32;
 
 /// Longest head that is followed (RFC 9112 names no limit; common servers stop at 8 to 64 KiB).
 pub const MAX_HEAD: u32 = 64 * 1024;
@@ -132,6 +156,16 @@ pub const MAX_HEAD: u32 = 64 * 1024;
 pub const MAX_STEPS: u32 = 16 * 1024;
 /// Requests that may be outstanding, as many as `Http::heads` has bits.
 const MAX_OUTSTANDING: u32 = 64;
+
+/// Whether the first bytes of `word` are `$text` (in lower case), in any case.
+macro_rules! begins {
+    ($word:expr, $text:literal) => {{
+        const WORD: u64 = word_of($text);
+        const CASE: u64 = case_of($text);
+        const MASK: u64 = u64::MAX >> (64 - 8 * $text.len());
+        ($word | CASE) & MASK == WORD
+    }};
+}
 
 /// What a direction carries ([`Stream::kind`]).
 mod kind {
@@ -258,48 +292,61 @@ pub struct Stream {
     length: u64,
     /// The name, list element or number that is being collected, and the first bytes of a method.
     word: u64,
+    /// When new payload passed last, by the clock of all records; 0: none yet. (Here, and so is what belongs to it, because
+    /// this cache line is at hand with each segment.)
+    pub payload_ns: u64,
     /// Held by the program that scans this direction, for [`enter`] to [`leave`]: ingress can run on two CPUs at once.
     pub busy: u32,
     /// Sequence number of the first byte that has not been looked at.
     next: u32,
-    /// Position in the current segment, and its length.
-    at: u32,
-    len: u32,
-    /// Where in the segment the window begins, and how much of it is filled.
-    window_at: u32,
-    window_len: u32,
     /// Bytes of the head in progress.
     head: u32,
-    status: u16,
+    /// Sequence number after the last new payload byte; 0: none yet.
+    pub payload_end: u32,
+    /// When that was: the low half of the kernel's count of ticks.
+    pub payload_tick: u32,
     phase: u8,
     kind: u8,
+    marks: u8,
+    /// Set by [`miss`], on another CPU than the one that holds `busy`.
+    missed: u8,
+    /// Of the head in progress, as what follows: a word, which [`begin_head`] clears.
+    status: u16,
+    version: u8,
     field: u8,
     /// Bytes or digits collected.
     count: u8,
     part: u8,
-    /// `Connection` tokens of the head in progress.
+    /// `Connection` tokens.
     tokens: u8,
     framing: u8,
-    marks: u8,
-    version: u8,
-    /// Set by [`miss`], on another CPU than the one that holds `busy`.
-    missed: u8,
+    _pad: [u8; 8],
+}
+
+/// Who ended a connection, and when. No matter of the scanner, but it fills a cache line.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "bpf"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Ending {
+    /// The process that closed the socket.
+    pub closer: crate::Task,
+    /// When the first FIN or RST was sent or received; 0: not yet, or before the programs were there.
+    pub at_ns: u64,
 }
 
 /// The scanner's state of one connection. It lives in socket storage; all zero is its valid initial state.
 ///
 /// The two directions of a connection may be scanned at once. Each writes its own [`Stream`]; what they share is either
 /// changed atomically (`exchange.flags`), or is written by one direction alone unless requests are pipelined.
+///
+/// Between two processes on one host each direction has a processor of its own, and a cache line that both write travels
+/// between them with each message, for as much time as all the rest of a scan takes. So what both write for each message is in
+/// the first line, with the exchange up to its method. The next two change seldom, if what is the same is not written again,
+/// and then each direction has its own. That holds where this begins with a line.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "bpf"), derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Http {
-    /// The verdict, right at any moment.
-    pub exchange: Exchange,
-    /// [`INGRESS`], [`EGRESS`].
-    pub streams: [Stream; 2],
-    /// Whether a request is a `HEAD`, by its number modulo 64.
-    heads: u64,
     /// Request heads begun; of them those whose method is known; of those begun the ones that were answered.
     begun: u32,
     named: u32,
@@ -318,9 +365,19 @@ pub struct Http {
     aside_at: u32,
     aside_end: u32,
     _pad: u32,
+    /// The verdict, right at any moment.
+    pub exchange: Exchange,
+    /// Whether a request is a `HEAD`, by its number modulo 64.
+    heads: u64,
+    /// Not the scanner's.
+    pub ending: Ending,
+    /// [`INGRESS`], [`EGRESS`].
+    pub streams: [Stream; 2],
 }
-const _: () = assert!(size_of::<Stream>() == 56);
-const _: () = assert!(size_of::<Http>() == 264);
+const _: () = assert!(size_of::<Stream>() == 64);
+const _: () = assert!(size_of::<Http>() == 320);
+const _: () = assert!((offset_of!(Http, exchange) + offset_of!(Exchange, method)) % 64 == 0);
+const _: () = assert!(offset_of!(Http, streams) % 64 == 0);
 
 impl Http {
     /// The initial state.
@@ -458,7 +515,11 @@ pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
 /// Whether there are bytes before `end` that were not seen. One may be the FIN: it has a sequence number.
 #[inline(always)]
 fn unseen(s: &Stream, end: u32) -> bool {
-    s.marks & mark::SYNCED != 0 && s.phase != phase::HUNT && end.wrapping_sub(s.next) as i32 > 1
+    let behind = end.wrapping_sub(s.next) as i32;
+    let in_body = s.phase == phase::BODY || s.phase == phase::CHUNK_DATA;
+    // Whatever the bytes of a body are, and whether they were looked at: it is passed over.
+    let known = in_body && s.length + 1 >= u64::from(behind.unsigned_abs());
+    s.marks & mark::SYNCED != 0 && s.phase != phase::HUNT && behind > 1 && !known
 }
 
 /// Whether a received segment may repeat bytes that were looked at: then [`again`] is to be called.
@@ -513,20 +574,20 @@ pub fn is_done<const D: usize>(http: &mut Http, seq: u32) -> bool {
 /// to be called until it returns false, at most [`MAX_STEPS`] times, with a window filled whenever [`refill`] says so;
 /// then [`leave`].
 #[inline(always)]
-pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
+pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> Option<u32> {
     if http.stopped != 0 || len == 0 {
-        return false;
+        return None;
     }
     if D == INGRESS && http.aside_at != http.aside_end {
         pass_aside(http);
     }
     let s = stream(http, D);
     if s.phase >= phase::UNTIL_CLOSE {
-        return false;
+        return None;
     }
     if s.missed != 0 {
         lose_direction(http, D);
-        return false;
+        return None;
     }
     if s.marks & mark::SYNCED == 0 || s.phase == phase::HUNT {
         s.next = seq;
@@ -535,7 +596,7 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
     let ahead = seq.wrapping_sub(s.next) as i32;
     let fresh = ahead.wrapping_add(len as i32);
     if fresh <= 0 {
-        return false;
+        return None;
     }
     if http.exchange.protocol == protocol::NONE {
         http.exchange.protocol = protocol::UNDECIDED;
@@ -557,28 +618,24 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
             if s.length == 0 {
                 end_data(http, D);
             }
-            return false;
+            return None;
         }
         if ahead > 0 {
             if s.length < ahead as u64 {
                 early::<D>(http, seq, len);
-                return false;
+                return None;
             }
             s.length -= ahead as u64;
         }
     } else if s.phase >= phase::UNFRAMED {
         lose_direction(http, D);
-        return false;
+        return None;
     } else if ahead > 0 {
         early::<D>(http, seq, len);
-        return false;
+        return None;
     }
     s.next = seq.wrapping_add(len);
-    s.at = at;
-    s.len = len;
-    s.window_at = at;
-    s.window_len = 0;
-    true
+    Some(at)
 }
 
 /// A segment that comes before others. What this end sends is seen in order.
@@ -602,124 +659,551 @@ pub fn leave<const D: usize>(http: &mut Http, finished: bool) {
     }
 }
 
+/// Begins with a segment of `len` bytes of payload, at the one that [`enter`] has answered.
+#[inline(always)]
+pub fn begin(window: &mut Window, at: u32, len: u32) {
+    window.at = at;
+    window.len = len;
+    window.from = at;
+    window.filled = 0;
+}
+
 /// Whether the window must be filled before the next [`step`]: from which byte of the segment, and with how many bytes
 /// (1 to [`WINDOW`]).
 #[inline(always)]
-pub fn refill<const D: usize>(http: &mut Http) -> Option<(u32, u32)> {
-    let s = stream(http, D);
-    let position = s.at.wrapping_sub(s.window_at);
+pub fn refill(http: &mut Http, direction: usize, window: &mut Window) -> Option<(u32, u32)> {
+    let s = stream(http, direction);
+    let position = window.at.wrapping_sub(window.from);
     let data = s.phase == phase::BODY || s.phase == phase::CHUNK_DATA;
     // Data is passed over unseen.
-    if data || position <= LAST_POSITION && position < s.window_len {
+    if data || position <= LAST_POSITION && position < window.filled {
         return None;
     }
-    let mut n = s.len.wrapping_sub(s.at);
+    let mut n = window.len.wrapping_sub(window.at);
     if n > WINDOW as u32 {
         n = WINDOW as u32;
     }
-    s.window_at = s.at;
-    s.window_len = n;
-    Some((s.at, n))
+    window.from = window.at;
+    window.filled = n;
+    Some((window.at, n))
 }
 
-/// Looks at some bytes of the segment; false: it is done with.
-///
-/// # Safety
-/// `window` is valid for reads of [`WINDOW`] bytes, all initialised, filled as [`refill`] has said.
+/// Words of a [`stretch`].
+pub const STRETCH_WORDS: usize = 128;
+
+/// Whether a line of no interest may go on for longer than a stretch: then where in the segment, and [`pass`] may be called
+/// before the next [`refill`].
 #[inline(always)]
-pub unsafe fn step<const D: usize>(http: &mut Http, window: *const u64) -> bool {
-    let first = stream(http, D).phase;
-    let here = Window::at::<D>(http, window);
-    let used = if first == phase::START {
-        start::<D>(http, &here)
-    } else if first == phase::VALUE {
-        value::<D>(http, &here)
-    } else if first == phase::BODY || first == phase::CHUNK_DATA {
-        data::<D>(http)
-    } else if first != phase::LINE && first != phase::TARGET && first != phase::VERSION {
-        rare::<D>(http, &here)
-    } else {
-        0
-    };
-    advance(http, D, used);
-    // What usually comes next, in the same step.
-    let here = Window::at::<D>(http, window);
-    if stream(http, D).phase == phase::TARGET && here.reaches() {
-        let used = target::<D>(http, &here);
-        advance(http, D, used);
+pub fn is_in_long_line(http: &mut Http, direction: usize, window: &Window) -> Option<u32> {
+    let skips = stream(http, direction).phase == phase::SKIP;
+    let long = window.len.wrapping_sub(window.at) > STRETCH_WORDS as u32 * 8;
+    if skips && long { Some(window.at) } else { None }
+}
+
+/// How many bytes there are before the first LF of a stretch, rounded down.
+#[inline(always)]
+pub fn stretch(words: &[u64; STRETCH_WORDS]) -> u32 {
+    head_stretch(words)
+}
+
+/// [`stretch`], as a global function: of what it answers, the verifier knows nothing.
+#[cfg_attr(target_arch = "bpf", unsafe(no_mangle))]
+#[inline(never)]
+extern "C" fn head_stretch(words: *const [u64; STRETCH_WORDS]) -> u32 {
+    if words.is_null() {
+        return 0;
     }
-    let here = Window::at::<D>(http, window);
-    if stream(http, D).phase == phase::VERSION && here.reaches() {
-        let used = request_version::<D>(http, &here);
-        advance(http, D, used);
+    // SAFETY: the caller's own.
+    let words = unsafe { &*words };
+    /// Words that are looked at together.
+    const BLOCK: u64 = 16;
+    let mut block = 0;
+    while block < STRETCH_WORDS as u64 / BLOCK {
+        let from = clamp::<{ STRETCH_WORDS as i32 - BLOCK as i32 }>(block * BLOCK) as usize;
+        // What is not ASCII may look like a LF at first.
+        if may_have_lf::<false>(words, from) && may_have_lf::<true>(words, from) {
+            break;
+        }
+        block = next(block);
     }
-    lines::<D>(http, window);
+    (block * BLOCK * 8) as u32
+}
+
+/// Whether there is a LF in 16 words from the one that is numbered `from` (up to 112). Unless `EXACT` it takes any byte that is
+/// not ASCII for one.
+#[inline(always)]
+fn may_have_lf<const EXACT: bool>(words: &[u64; STRETCH_WORDS], from: usize) -> bool {
+    let mut any = 0;
+    macro_rules! words {
+        ($($i:literal)*) => { $(
+            // SAFETY: 16 words from there are in bounds. Volatile, or those of the first time are kept for the second.
+            let other = unsafe { words.as_ptr().add(from + $i).read_volatile() } ^ (ONES * 10);
+            any |= other.wrapping_sub(ONES) & if EXACT { !other } else { u64::MAX };
+        )* };
+    }
+    words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    any & (ONES * 0x80) != 0
+}
+
+/// Passes over bytes of a line of no interest.
+#[inline(always)]
+pub fn pass(http: &mut Http, direction: usize, window: &mut Window, bytes: u32) {
+    advance(http, direction, window, bytes);
+    // What it was filled with is behind.
+    window.filled = 0;
+}
+
+/// Whether a segment lies within a body, and does not end it: nothing that it holds can change anything. As [`is_done`], it may
+/// be asked while another CPU scans the direction.
+#[inline(always)]
+pub fn is_inside_body<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
     let s = stream(http, D);
+    let ahead = seq.wrapping_sub(s.next);
+    // As it is not noted, it must not grow so far that the difference wraps.
+    (s.phase == phase::BODY || s.phase == phase::CHUNK_DATA)
+        && s.busy == 0
+        && ahead < 1 << 30
+        && s.length > u64::from(ahead) + u64::from(len)
+}
+
+/// Looks at some bytes of the segment, when the window was filled as [`refill`] has said; false: it is done with.
+#[inline(always)]
+pub fn step(http: &mut Http, direction: usize, window: &mut Window) -> bool {
+    match head_usual(http, window, direction as u32) {
+        DONE => return false,
+        OTHER => _ = head_other(http, window, direction as u32),
+        _ => {}
+    }
+    let s = stream(http, direction);
     if s.phase >= phase::METHOD && s.phase <= phase::SKIP && s.head > MAX_HEAD {
         s.phase = phase::REJECTED;
     }
     if s.phase == phase::REJECTED {
-        reject(http, D);
+        reject(http, direction);
+        if stream(http, direction).phase == phase::HUNT {
+            // The rest of the segment is of no interest.
+            window.at = window.len;
+        }
     }
-    let s = stream(http, D);
-    s.at < s.len && s.phase < phase::UNTIL_CLOSE && http.stopped == 0
+    let s = stream(http, direction);
+    window.at < window.len && s.phase < phase::UNTIL_CLOSE && http.stopped == 0
 }
 
-/// The rest of a line that is passed over, a line of the head, and all lines of no interest behind it.
+/// [`head_usual`] leaves something over that only [`head_other`] knows.
+const OTHER: u32 = 0;
+/// There is more of the segment.
+const MORE: u32 = 1;
+/// The segment is done with, and nothing special came of it.
+const DONE: u32 = 2;
+
+/// What most heads and bodies consist of: a start line, lines, the end.
+///
+/// A global function: the verifier looks at it once, by itself, and lets it read the window anywhere. One, for what calls
+/// cost: on processors that guard their returns, as much as a line of a head.
+#[cfg_attr(target_arch = "bpf", unsafe(no_mangle))]
+#[inline(never)]
+extern "C" fn head_usual(http: *mut Http, window: *mut Window, direction: u32) -> u32 {
+    if http.is_null() || window.is_null() {
+        return OTHER;
+    }
+    // SAFETY: the caller's own.
+    let (http, window) = unsafe { (&mut *http, &mut *window) };
+    let direction = direction as usize;
+    let first = stream(http, direction).phase;
+    let mut usual = true;
+    if first != phase::BODY && first != phase::CHUNK_DATA {
+        if first == phase::START && !glance(http, direction, window) {
+            return OTHER;
+        }
+        let s = stream(http, direction);
+        if s.phase != phase::LINE && s.phase != phase::SKIP {
+            return OTHER;
+        }
+        usual = walk(http, direction, window);
+    }
+    let phase = stream(http, direction).phase;
+    if phase == phase::BODY || phase == phase::CHUNK_DATA {
+        data(http, direction, window);
+    }
+    if !usual {
+        OTHER
+    } else if window.at >= window.len && stream(http, direction).phase == phase::START {
+        DONE
+    } else {
+        MORE
+    }
+}
+
+/// A start line at the beginning of the window, if it is whole and like most are: whether it was read. If not, nothing has
+/// happened.
 #[inline(always)]
-fn lines<const D: usize>(http: &mut Http, window: *const u64) {
-    let here = Window::at::<D>(http, window);
-    let phase = stream(http, D).phase;
+fn glance(http: &mut Http, direction: usize, window: &mut Window) -> bool {
+    let s = stream(http, direction);
+    let left = window.filled;
+    if window.at != window.from || s.marks != mark::SYNCED || left < 16 {
+        return false;
+    }
+    let kind = s.kind;
+    let bytes: *const u8 = (&raw const window.words).cast();
+    // SAFETY: no place is behind `LAST_POSITION`.
+    unsafe {
+        let (word, more) = (word_at::<0>(bytes), word_at::<8>(bytes));
+        if kind == kind::RESPONSES {
+            let Some((version, status)) = status_line(word, more) else { return false };
+            let behind = bytes.add(STATUS_LINE as usize);
+            let mut used = 0;
+            macro_rules! words {
+                ($($i:literal)*) => { 'search: { $(
+                    let hit = equal(word_at::<{ $i * 8 }>(behind), b'\n');
+                    if hit != 0 {
+                        used = STATUS_LINE + $i * 8 + first(hit) + 1;
+                        break 'search;
+                    }
+                )* } };
+            }
+            words!(0 1 2 3 4 5 6 7);
+            if used == 0 || used > left {
+                return false;
+            }
+            begin_response(http, direction);
+            let s = stream(http, direction);
+            s.version = version;
+            s.status = status;
+            advance(http, direction, window, used);
+            end_status_line(http, direction);
+            return true;
+        }
+        let method = known_method(word);
+        if kind != kind::REQUESTS || method == 0 {
+            return false;
+        }
+        let full = http.full_target != 0;
+        // Whatever comes of it: the next request begins here, and its target replaces the one that is known. What is the same is
+        // not written.
+        let kept = exchange_words(http).add(6);
+        let target = bytes.add(clamp::<7>(u64::from(method)) as usize + 1);
+        let mut len = 0;
+        let mut end = 0;
+        macro_rules! words {
+            ($($i:literal)*) => { 'search: { $(
+                let mut word = word_at::<{ $i * 8 }>(target);
+                let mut hit = below(word, b' ' + 1);
+                if !full {
+                    hit |= equal(word, b'?') | equal(word, b'#');
+                }
+                if hit != 0 {
+                    // Exact up to the first match of each kind, hence up to the first of all.
+                    let n = first(hit);
+                    len = $i * 8 + n;
+                    end = (word >> bits(n)) as u8;
+                    word &= (1u64 << bits(n)).wrapping_sub(1);
+                }
+                write_changed(kept.add($i), word);
+                if hit != 0 {
+                    break 'search;
+                }
+            )* } };
+        }
+        words!(0 1 2 3 4 5 6 7);
+        if u32::from(http.exchange.target_len) > len {
+            clear_target_behind(http, len >> 3);
+        }
+        let mut behind = method + 1 + len;
+        if end == b'?' || end == b'#' {
+            let query = bytes.add(inside(behind));
+            let mut more = 0;
+            macro_rules! words {
+                ($($i:literal)*) => { 'search: { $(
+                    let word = word_at::<{ $i * 8 }>(query);
+                    let hit = below(word, b' ' + 1);
+                    if hit != 0 {
+                        let n = first(hit);
+                        more = $i * 8 + n;
+                        end = (word >> bits(n)) as u8;
+                        break 'search;
+                    }
+                )* } };
+            }
+            words!(0 1 2 3 4 5 6 7);
+            behind += more;
+        }
+        // The target, SP and version, CR and LF.
+        let used = behind + 11;
+        if len == 0 || end != b' ' || used > left || behind >= LAST_POSITION {
+            return false;
+        }
+        let version = bytes.add(inside(behind + 1));
+        let word_of_version = word_at::<0>(version);
+        if word_of_version & !(1 << 56) != word_of(b"HTTP/1.0") || !begins!(word_at::<8>(version), b"\r\n") {
+            return false;
+        }
+        begin_head(stream(http, direction));
+        http.begun = http.begun.wrapping_add(1);
+        forget_all_but_target(http, OF_ONE & !bit::HAS_REQUEST);
+        end_method(http, direction, word & (u64::MAX >> bits(8 - method)), 0, method as u8);
+        http.exchange.target_len = len as u8;
+        stream(http, direction).version = 10 + (word_of_version >> 56 & 1) as u8;
+        advance(http, direction, window, used);
+        end_request_line(http, direction);
+        true
+    }
+}
+
+/// Bits of what [`usual_line`] answers, beside a position: it is within a line of no interest;
+const MID: u32 = 1 << 16;
+/// it is behind the empty line that ends the head;
+const END: u32 = 1 << 17;
+/// it is at the beginning of a line for [`line`].
+const UNUSUAL: u32 = 1 << 18;
+
+/// Lines that are looked at in one step.
+const MAX_LINES: u64 = 24;
+
+/// Lines of a head, as far as the window is filled, or to the end of the head. Answers whether the next one is not for [`line`].
+#[inline(always)]
+fn walk(http: &mut Http, direction: usize, window: &mut Window) -> bool {
+    let s = stream(http, direction);
+    let mid = s.phase == phase::SKIP;
+    let (from, end) = (window.at.wrapping_sub(window.from), window.filled);
+    let mut place = if mid { from | MID } else { from };
+    if mid && from == 0 && end == WINDOW as u32 && has_no_lf(window) {
+        place = end | MID;
+    }
+    if !mid && s.field != field::NONE {
+        place = from | UNUSUAL;
+    }
+    let last = if end <= LAST_POSITION { end.wrapping_sub(1) } else { LAST_POSITION };
+    let mut turns = 0;
+    let zero = zero(window);
+    while turns < MAX_LINES && place & !MID <= last {
+        place = usual_line(http, direction, window, place).wrapping_add(zero);
+        turns = next(turns);
+    }
+    let mut position = place & (MID - 1);
+    let mut next = if place & MID != 0 { phase::SKIP } else { phase::LINE };
+    if place & (END | UNUSUAL) == 0 && position >= end {
+        // What lies beyond the end is of an earlier window.
+        position = end;
+        let far = if end > REACH as u32 { REACH } else { 0 };
+        let last = inside(end.wrapping_sub(far as u32 + 1));
+        // SAFETY: a byte of the window.
+        let last = unsafe { *(&raw const window.words).cast::<u8>().add(last + far) };
+        next = if last == b'\n' { phase::LINE } else { phase::SKIP };
+    }
+    stream(http, direction).phase = next;
+    advance(http, direction, window, position.wrapping_sub(from));
+    if place & END != 0 {
+        end_head(http, direction, 0, window.len.wrapping_sub(window.at));
+    }
+    place & UNUSUAL == 0
+}
+
+/// Whether the window is ASCII without a LF (it may deny it wrongly).
+#[inline(always)]
+fn has_no_lf(window: &Window) -> bool {
+    let mut any = 0;
+    macro_rules! words {
+        ($($i:literal)*) => { $( any |= (window.words[$i] ^ (ONES * 10)).wrapping_sub(ONES); )* };
+    }
+    words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27);
+    any & (ONES * 0x80) == 0
+}
+
+/// The line of a head that begins at `place`, or the rest of one of no interest. Answers where that led.
+#[inline(always)]
+fn usual_line(http: &mut Http, direction: usize, window: &Window, place: u32) -> u32 {
+    let s = stream(http, direction);
+    let (requests, end) = (s.kind == kind::REQUESTS, window.filled);
+    let position = inside(place & (MID - 1));
+    // SAFETY: in the window, and so are the words behind it.
+    let here = unsafe { (&raw const window.words).cast::<u8>().add(position) };
+    let position = position as u32;
+    macro_rules! word {
+        ($n:expr) => {
+            // SAFETY: `here` is not behind `LAST_POSITION`.
+            unsafe { word_at::<{ $n }>(here) }
+        };
+    }
+    if place & MID == 0 {
+        let word = word!(0);
+        let byte = word as u8;
+        if byte <= b' ' {
+            return if byte == b'\r' && word >> 8 & 0xff == u64::from(b'\n') && position + 2 <= end {
+                END | (position + 2)
+            } else if byte == b'\n' {
+                END | (position + 1)
+            } else {
+                UNUSUAL | position
+            };
+        }
+        // Letters of either case, and `-` or what else differs from it in that bit.
+        let name = word | (ONES * 0x20);
+        let letter = name as u8;
+        if letter == b'c' || letter == b't' || !requests && (letter == b'k' || letter == b'u') {
+            // What lies beyond the end is of an earlier window: the name, and a value that is read here with the first byte
+            // of the next line, must end before it.
+            let mut unusual = position + LONGEST_NAME > end;
+            let more = word!(8);
+            if name == word_of(b"connecti") {
+                if begins!(more, b"on") {
+                    unusual = true;
+                    let (value, rest) = (word!(11), word!(19));
+                    let (mut tokens, mut used) = (0, 0);
+                    if begins!(value, b" close\r\n") && !is_blank(rest as u8) {
+                        (tokens, used) = (token::CLOSE, 19);
+                    } else if begins!(value, b" keep-al") && begins!(rest, b"ive\r\n") && !is_blank((rest >> 40) as u8)
+                    {
+                        (tokens, used) = (token::KEEP_ALIVE, 24);
+                    }
+                    if used != 0 && (more >> 16) as u8 == b':' && position + used < end {
+                        s.framing |= framing::CONNECTION;
+                        add_tokens(http, direction, tokens);
+                        return position + used;
+                    }
+                }
+            } else if name == word_of(b"content-") {
+                if begins!(more, b"length") {
+                    unusual = true;
+                    let (digits, rest) = (word!(16), word!(24));
+                    // Seven at most; `hit` marks the first byte that is none.
+                    let hit = !digits_in(digits) & (ONES * 0x80);
+                    let n = if hit == 0 { 0 } else { first(hit) };
+                    let shift = bits(n);
+                    let tail = digits >> shift | rest << 1 << (63 - shift);
+                    if n != 0
+                        && (word >> 56) as u8 == b'-'
+                        && more >> 48 == u64::from(b':') | u64::from(b' ') << 8
+                        && begins!(tail, b"\r\n")
+                        && !is_blank((tail >> 16) as u8)
+                        && position + n + 18 < end
+                    {
+                        content_length(s, decimal(digits << 1 << (63 - shift)));
+                        return position + n + 18;
+                    }
+                }
+            } else if name == word_of(b"transfer") {
+                unusual = true;
+                let rest = word!(24);
+                if begins!(more, b"-encodin")
+                    && begins!(word!(16), b"g: chunk")
+                    && begins!(rest, b"ed\r\n")
+                    && !is_blank((rest >> 32) as u8)
+                    && position + 28 < end
+                {
+                    s.framing |= framing::CODED | framing::CHUNKED;
+                    return position + 28;
+                }
+            } else if !requests && (name == word_of(b"keep-ali") || name == word_of(b"upgrade:")) {
+                unusual = true;
+            }
+            if unusual {
+                return UNUSUAL | position;
+            }
+        }
+    }
+    // To the line's end. A byte that is LF, and one that is not ASCII, leaves the highest bit here.
+    let mut at = REACH as u32 - 8;
+    let mut suspect = 0;
+    macro_rules! words {
+        ($($i:literal)*) => { 'search: { $(
+            let other = word!($i * 8) ^ (ONES * 10);
+            let borrowed = other.wrapping_sub(ONES);
+            if borrowed & (ONES * 0x80) != 0 {
+                at = $i * 8;
+                suspect = borrowed & !other & (ONES * 0x80);
+                break 'search;
+            }
+        )* } };
+    }
+    words!(0 1 2 3 4 5 6 7);
+    if suspect == 0 { (position + at + 8) | MID } else { position + at + first(suspect) + 1 }
+}
+
+/// A step that [`head_usual`] leaves over.
+#[cfg_attr(target_arch = "bpf", unsafe(no_mangle))]
+#[inline(never)]
+extern "C" fn head_other(http: *mut Http, window: *mut Window, direction: u32) -> u32 {
+    if http.is_null() || window.is_null() {
+        return 0;
+    }
+    // SAFETY: the caller's own.
+    let (http, window) = unsafe { (&mut *http, &mut *window) };
+    let direction = direction as usize;
+    let first = stream(http, direction).phase;
+    let here = Place::of(window);
+    if first == phase::LINE {
+        if here.reaches() {
+            let used = line(http, direction, &here);
+            advance(http, direction, window, used);
+        }
+        return 0;
+    }
+    let used = if first == phase::START {
+        start(http, direction, &here)
+    } else if first == phase::VALUE {
+        value(http, direction, &here)
+    } else if first != phase::TARGET && first != phase::VERSION {
+        rare(http, direction, &here)
+    } else {
+        0
+    };
+    advance(http, direction, window, used);
+    // What usually comes next, in the same step.
+    let here = Place::of(window);
+    if stream(http, direction).phase == phase::TARGET && here.reaches() {
+        let used = target(http, direction, &here);
+        advance(http, direction, window, used);
+    }
+    let here = Place::of(window);
+    if stream(http, direction).phase == phase::VERSION && here.reaches() {
+        let used = request_version(http, direction, &here);
+        advance(http, direction, window, used);
+    }
+    let here = Place::of(window);
+    let phase = stream(http, direction).phase;
     if matches!(phase, phase::REASON | phase::TRAILER_SKIP | phase::CHUNK_EXT) && here.reaches() {
         let (n, found) = here.find::<true>();
-        advance(http, D, n);
+        advance(http, direction, window, n);
         if found {
-            end_line::<D>(http);
+            end_line(http, direction);
         }
     }
-    let here = Window::at::<D>(http, window);
-    if stream(http, D).phase == phase::LINE && here.reaches() {
-        let used = line::<D>(http, &here);
-        advance(http, D, used);
-    }
-    let here = Window::at::<D>(http, window);
-    if stream(http, D).phase == phase::SKIP && here.reaches() {
-        let (n, begins) = here.skip_lines(stream(http, D).kind == kind::REQUESTS);
-        advance(http, D, n);
-        if begins {
-            stream(http, D).phase = phase::LINE;
-        }
-    }
+    0
 }
 
 /// Moves on by `used` bytes. Through memory, even within a step: the verifier forgets there what it knows of the number,
 /// and so takes the many ways that lead here for one.
 #[inline(always)]
-fn advance(http: &mut Http, direction: usize, used: u32) {
+fn advance(http: &mut Http, direction: usize, window: &mut Window, used: u32) {
     let s = stream(http, direction);
     s.head = s.head.wrapping_add(used);
-    let at = &raw mut s.at;
-    // SAFETY: a field of `s`.
+    let at = &raw mut window.at;
+    // SAFETY: a field of the window.
     unsafe { at.write_volatile(at.read_volatile().wrapping_add(used)) };
 }
 
-/// The bytes at hand.
-struct Window {
-    words: *const u64,
+/// A place in the window, and the bytes from there on.
+struct Place {
+    words: *const u8,
     position: u64,
-    /// Bytes from the position on that are filled.
+    /// Bytes from the position on that are filled, and those that the segment has.
     left: u32,
+    rest: u32,
 }
 
-impl Window {
-    /// The window, at the place that the stream is at.
+impl Place {
+    /// Where the segment is at.
     #[inline(always)]
-    fn at<const D: usize>(http: &mut Http, words: *const u64) -> Self {
-        let s = stream(http, D);
-        // SAFETY: a field of `s`.
-        let at = unsafe { (&raw const s.at).read_volatile() };
-        let position = at.wrapping_sub(s.window_at);
-        Self { words, position: u64::from(position), left: s.window_len.wrapping_sub(position) }
+    fn of(window: &mut Window) -> Self {
+        // SAFETY: a field of the window.
+        let at = unsafe { (&raw const window.at).read_volatile() };
+        let position = at.wrapping_sub(window.from);
+        Self {
+            words: (&raw const window.words).cast(),
+            position: u64::from(position),
+            left: window.filled.wrapping_sub(position),
+            rest: window.len.wrapping_sub(at),
+        }
     }
 
     /// Whether there are bytes left, at a place that may be looked at.
@@ -731,24 +1215,14 @@ impl Window {
     /// The byte at the position.
     #[inline(always)]
     fn byte(&self) -> u8 {
-        // SAFETY: the offset is at most 127; `step` has been given `WINDOW` (192) bytes.
-        unsafe { *(self.words as *const u8).add(clamp::<{ LAST_POSITION as i32 }>(self.position) as usize) }
+        self.word::<0>() as u8
     }
 
-    /// The word `n` words behind the one that holds the position.
+    /// The 8 bytes that begin `N` bytes behind the position.
     #[inline(always)]
-    fn aligned(&self, n: usize) -> u64 {
-        // SAFETY: the index is at most 15 + `n`, and no caller passes an `n` above 8: 23 of 0..=23.
-        unsafe { *self.words.add(clamp::<INDEX_MASK>(self.position >> 3) as usize).add(n) }
-    }
-
-    /// The 8 bytes that begin `n` words behind the position. Put together from aligned words: the verifier allows no
-    /// other reads of the stack.
-    #[inline(always)]
-    fn word(&self, n: usize) -> u64 {
-        let shift = (self.position & 7) * 8;
-        // Shifting by 64 is undefined, so the second shift is made in two.
-        self.aligned(n) >> shift | self.aligned(n + 1) << 1 << (63 - shift)
+    fn word<const N: usize>(&self) -> u64 {
+        // SAFETY: the position is not behind `LAST_POSITION`.
+        unsafe { word_at::<N>(self.words.add(inside(self.position as u32))) }
     }
 
     /// Finds the next LF, or else (`!LF`) the next byte up to SP, in the bytes at the position: the bytes that
@@ -756,23 +1230,14 @@ impl Window {
     #[inline(always)]
     fn find<const LF: bool>(&self) -> (u32, bool) {
         let left = self.left;
-        if LF && self.position == 0 && left == WINDOW as u32 && self.has_no_lf() {
-            return (left, false);
-        }
-        let inside = self.position as u32 & 7;
-        let mut n = 64 - inside;
+        let mut n = REACH as u32;
         let mut found = false;
-        // Bytes before the position can never match: all ones.
-        let before = (1u64 << (inside * 8)).wrapping_sub(1);
         macro_rules! words {
             ($($i:literal)*) => { 'search: { $(
-                let mut word = self.aligned($i);
-                if $i == 0 {
-                    word |= before;
-                }
+                let word = self.word::<{ $i * 8 }>();
                 let hit = if LF { equal(word, b'\n') } else { below(word, b' ' + 1) };
                 if hit != 0 {
-                    n = $i * 8 + first(hit) - inside + 1;
+                    n = $i * 8 + first(hit) + 1;
                     found = true;
                     break 'search;
                 }
@@ -780,87 +1245,6 @@ impl Window {
         }
         words!(0 1 2 3 4 5 6 7);
         if n > left { (left, false) } else { (n, found) }
-    }
-
-    /// Passes over the rest of a line and all lines behind it that are of no interest, as far as the window is filled: the
-    /// bytes that are passed, and whether they are followed by a line's first byte. It may stop at a line that is of no
-    /// interest either.
-    ///
-    /// Of interest are lines that begin with the first letter of a field that is read (in requests there are fewer of them), and
-    /// those that begin with white space, a control, or nothing.
-    #[inline(always)]
-    fn skip_lines(&self, requests: bool) -> (u32, bool) {
-        let (position, left) = (self.position, self.left);
-        if position == 0 && left == WINDOW as u32 && self.has_no_lf() {
-            return (left, false);
-        }
-        // `Connection`, `Content-Length`, `Transfer-Encoding`; in responses also `Keep-Alive` and `Upgrade`: those letters
-        // differ from the others in one bit.
-        let (case_c, c) = if requests { (ONES * 0x20, ONES * 0x63) } else { (ONES * 0x28, ONES * 0x6b) };
-        let (case_t, t) = if requests { (ONES * 0x20, ONES * 0x74) } else { (ONES * 0x21, ONES * 0x75) };
-        let end = position + u64::from(left);
-        // A bit for each word to look at. To compare the word's place with the position and the end would do, but what a
-        // comparison tells, verifiers remember: some would then follow each pair of a first and a last word by itself.
-        let wanted = (1u64 << (end.wrapping_add(7) >> 3 & 63)).wrapping_sub(1) & u64::MAX << (position >> 3 & 63);
-        // Bytes of the first word before the position are behind us.
-        let mut ahead = u64::MAX << ((position & 7) * 8);
-        // The first byte of a word begins a line.
-        let mut begins = 0;
-        let mut last = 0;
-        let mut stop = 0u64;
-        let mut found = 0;
-        macro_rules! words {
-            ($($i:literal)*) => { 'search: { $(
-                if $i & 7 == 0 && wanted < 1 << $i {
-                    break 'search;
-                }
-                if wanted & 1 << $i != 0 {
-                    // SAFETY: one of the 24 words.
-                    let word = unsafe { *self.words.add($i) };
-                    last = word;
-                    let lf = zero_bytes(word ^ (ONES * 10)) & ahead;
-                    ahead = u64::MAX;
-                    let first_bytes = lf << 8 | begins;
-                    begins = lf >> 56;
-                    if first_bytes != 0 {
-                        let x = (word | case_c) ^ c;
-                        let y = (word | case_t) ^ t;
-                        let hit = (x.wrapping_sub(ONES) & !x | y.wrapping_sub(ONES) & !y) & (ONES * 0x80);
-                        stop = first_bytes & (hit | below(word, b' ' + 1));
-                        if stop != 0 {
-                            found = $i * 8;
-                            break 'search;
-                        }
-                    }
-                }
-            )* } };
-        }
-        words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
-        // Of the last word, nobody asks.
-        let _ = (begins, ahead);
-        if stop != 0 {
-            found += u64::from(first(stop));
-            // What lies beyond the end is of an earlier window.
-            if found < end {
-                return (found.wrapping_sub(position) as u32, true);
-            }
-        }
-        let inside = end.wrapping_sub(1) & 7;
-        (left, (last >> (inside * 8)) as u8 == b'\n')
-    }
-
-    /// Whether the whole window is ASCII without a LF (it may deny it wrongly).
-    #[inline(always)]
-    fn has_no_lf(&self) -> bool {
-        let mut any = 0;
-        macro_rules! words {
-            ($($i:literal)*) => { $(
-                // SAFETY: one of the 24 words.
-                any |= (unsafe { *self.words.add($i) } ^ (ONES * 10)).wrapping_sub(ONES);
-            )* };
-        }
-        words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
-        any & (ONES * 0x80) == 0
     }
 }
 
@@ -880,6 +1264,76 @@ pub fn clamp<const MASK: i32>(x: u64) -> u64 {
     }
 }
 
+/// The 8 bytes that begin `N` bytes behind `at`, wherever that is.
+///
+/// # Safety
+/// They can be read: where `at` is not behind [`LAST_POSITION`] of a window, they can.
+#[inline(always)]
+unsafe fn word_at<const N: usize>(at: *const u8) -> u64 {
+    const { assert!(N + 8 <= REACH) };
+    #[cfg(target_arch = "bpf")]
+    {
+        let word: u64;
+        // SAFETY: by the caller's word. In assembly: rustc would load byte by byte.
+        unsafe {
+            core::arch::asm!("{0} = *(u64 *)({1} + {2})", out(reg) word, in(reg) at, const N, options(pure, readonly, nostack))
+        };
+        word
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: by the caller's word.
+    unsafe {
+        at.add(N).cast::<u64>().read_unaligned()
+    }
+}
+
+/// The number behind `x`, of which the compiler knows nothing: it does not unroll a loop that counts so.
+#[inline(always)]
+fn next(x: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    {
+        let mut x = x;
+        // SAFETY: a register and a constant.
+        unsafe { core::arch::asm!("{0} += 1", inout(reg) x, options(pure, nomem, nostack)) };
+        x
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        x + 1
+    }
+}
+
+/// 0, of which the verifier knows nothing. What this is added to it does not follow any further, and so takes the many ways
+/// that lead to a place for one.
+#[inline(always)]
+fn zero(window: &Window) -> u32 {
+    let len = &raw const window.len;
+    // SAFETY: a field. Volatile, or the compiler would know it, too.
+    unsafe { len.read_volatile().wrapping_sub(len.read_volatile()) }
+}
+
+/// A place up to [`LAST_POSITION`], so that the verifier sees it. No other is passed.
+#[inline(always)]
+fn inside(position: u32) -> usize {
+    let position = u64::from(position);
+    #[cfg(target_arch = "bpf")]
+    let mut position = position;
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: a register and constants only, and the jump stays inside.
+    unsafe {
+        core::arch::asm!(
+            "if {0} < {1} goto +1",
+            "{0} = 0",
+            inout(reg) position,
+            const LAST_POSITION + 1,
+            options(pure, nomem, nostack)
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    assert!(position <= u64::from(LAST_POSITION));
+    position as usize
+}
+
 const ONES: u64 = u64::MAX / 255;
 
 /// A word whose lowest set bit is the highest of the first byte of `word` that is `byte`; 0: there is none.
@@ -895,19 +1349,18 @@ fn below(word: u64, limit: u8) -> u64 {
     word.wrapping_sub(ONES * u64::from(limit)) & !word & (ONES * 0x80)
 }
 
-/// 0x80 in each byte that is zero, and only there.
-#[inline(always)]
-fn zero_bytes(word: u64) -> u64 {
-    const LOW: u64 = ONES * 0x7f;
-    !((word & LOW).wrapping_add(LOW) | word | LOW)
-}
-
 /// The number of the first byte whose highest bit is set.
 #[inline(always)]
 fn first(hit: u64) -> u32 {
     // BPF has no instruction that counts zeros. The product's highest byte is the byte of the constant that the bit
     // selects.
     (((hit & hit.wrapping_neg()) >> 7).wrapping_mul(0x0001_0203_0405_0607) >> 56) as u32
+}
+
+/// The bits of `n` bytes, of which there are fewer than 8.
+#[inline(always)]
+fn bits(n: u32) -> u32 {
+    (n * 8) & 63
 }
 
 /// Up to 8 bytes as the little-endian word that they are in memory.
@@ -932,16 +1385,6 @@ const fn case_of(bytes: &[u8]) -> u64 {
         i += 1;
     }
     word
-}
-
-/// Whether the first bytes of `word` are `$text` (in lower case), in any case.
-macro_rules! begins {
-    ($word:expr, $text:literal) => {{
-        const WORD: u64 = word_of($text);
-        const CASE: u64 = case_of($text);
-        const MASK: u64 = u64::MAX >> (64 - 8 * $text.len());
-        ($word | CASE) & MASK == WORD
-    }};
 }
 
 #[inline(always)]
@@ -995,11 +1438,12 @@ fn is_tchar(byte: u8) -> bool {
 
 #[inline(always)]
 fn stream(http: &mut Http, direction: usize) -> &mut Stream {
-    let [ingress, egress] = &mut http.streams;
-    if direction == INGRESS { ingress } else { egress }
+    &mut http.streams[direction & 1]
 }
 
-const _: () = assert!(core::mem::offset_of!(Exchange, flags) == 16);
+/// Where the word that has `flags` as its low half is in [`Http`].
+const FLAGS: usize = offset_of!(Http, exchange) + offset_of!(Exchange, flags);
+const _: () = assert!(FLAGS.is_multiple_of(4));
 
 /// Sets flags, so that what the other direction changes at the same time is not undone.
 #[inline(always)]
@@ -1010,7 +1454,7 @@ fn set(http: &mut Http, bits: u16) {
     #[cfg(target_arch = "bpf")]
     // SAFETY: the aligned word that has `flags` as its low half. (The target has no such atomics but in assembly.)
     unsafe {
-        core::arch::asm!("lock *(u32 *)({0} + 16) |= {1}", in(reg) http as *mut Http, in(wreg) u32::from(bits), options(nostack));
+        core::arch::asm!("lock *(u32 *)({0} + {2}) |= {1}", in(reg) http as *mut Http, in(wreg) u32::from(bits), const FLAGS, options(nostack));
     }
     #[cfg(not(target_arch = "bpf"))]
     {
@@ -1027,7 +1471,7 @@ fn clear(http: &mut Http, bits: u16) {
     #[cfg(target_arch = "bpf")]
     // SAFETY: as in `set`.
     unsafe {
-        core::arch::asm!("lock *(u32 *)({0} + 16) &= {1}", in(reg) http as *mut Http, in(wreg) !u32::from(bits), options(nostack));
+        core::arch::asm!("lock *(u32 *)({0} + {2}) &= {1}", in(reg) http as *mut Http, in(wreg) !u32::from(bits), const FLAGS, options(nostack));
     }
     #[cfg(not(target_arch = "bpf"))]
     {
@@ -1105,9 +1549,6 @@ fn reject(http: &mut Http, direction: usize) {
     if s.marks & mark::PROVISIONAL != 0 {
         s.marks &= !mark::PROVISIONAL;
         s.phase = phase::HUNT;
-        // The rest of the segment is of no interest.
-        s.window_at = s.len;
-        s.at = s.len;
         if s.kind == kind::REQUESTS {
             forget(http);
             http.begun = 0;
@@ -1142,9 +1583,34 @@ fn reject(http: &mut Http, direction: usize) {
     }
 }
 
+/// What is said of one exchange, rather than of the connection.
+const OF_ONE: u16 = bit::HAS_REQUEST
+    | bit::HAS_RESPONSE
+    | bit::TARGET_TRUNCATED
+    | bit::HAS_TIMEOUT
+    | bit::HAS_MAX
+    | bit::REQUEST_INCOMPLETE;
+
 /// Clears the last exchange. Not inlined, for the size of the programs.
 #[inline(never)]
 fn forget(http: &mut Http) {
+    clear_target_behind(http, 0);
+    let words = exchange_words(http);
+    // SAFETY: words 4 and 5 of the exchange are `method`, 6 is the first one of `target`. Volatile, or it becomes a loop over
+    // bytes.
+    unsafe {
+        words.add(4).write_volatile(0);
+        words.add(5).write_volatile(0);
+        words.add(6).write_volatile(0);
+        (&raw mut http.exchange.method_len).write_volatile(0);
+        (&raw mut http.exchange.target_len).write_volatile(0);
+    }
+    forget_all_but_target(http, OF_ONE);
+}
+
+/// The rest of [`forget`], where a request line is there already: `bits` are no longer so.
+#[inline(always)]
+fn forget_all_but_target(http: &mut Http, bits: u16) {
     let e = &mut http.exchange;
     e.keep_alive_timeout_s = 0;
     e.keep_alive_max = 0;
@@ -1155,39 +1621,45 @@ fn forget(http: &mut Http) {
         (&raw mut e.response_connection).write_volatile(0);
         (&raw mut e.request_version).write_volatile(0);
         (&raw mut e.response_version).write_volatile(0);
-        (&raw mut e.method_len).write_volatile(0);
-        (&raw mut e.target_len).write_volatile(0);
     }
-    let words = exchange_words(http);
-    // SAFETY: words 4 to 13 of the exchange are `method` and `target`. Volatile, or it becomes a loop over bytes.
-    unsafe {
-        words.add(4).write_volatile(0);
-        words.add(5).write_volatile(0);
-        words.add(6).write_volatile(0);
-        words.add(7).write_volatile(0);
-        words.add(8).write_volatile(0);
-        words.add(9).write_volatile(0);
-        words.add(10).write_volatile(0);
-        words.add(11).write_volatile(0);
-        words.add(12).write_volatile(0);
-        words.add(13).write_volatile(0);
-    }
-    const OF_ONE: u16 = bit::HAS_REQUEST
-        | bit::HAS_RESPONSE
-        | bit::TARGET_TRUNCATED
-        | bit::HAS_TIMEOUT
-        | bit::HAS_MAX
-        | bit::REQUEST_INCOMPLETE;
-    clear(http, OF_ONE);
+    clear(http, bits);
 }
 
-/// The exchange as words: it is the first member of `Http`, which is aligned to 8 bytes.
+/// Clears the words of the target behind the one with this number.
+#[inline(always)]
+fn clear_target_behind(http: &mut Http, last: u32) {
+    let words = exchange_words(http);
+    macro_rules! words {
+        ($($i:literal)*) => { $(
+            if $i > last {
+                // SAFETY: words 6 to 13 of the exchange are `target`. Volatile, or it becomes a loop over bytes.
+                unsafe { words.add(6 + $i).write_volatile(0) };
+            }
+        )* };
+    }
+    words!(1 2 3 4 5 6 7);
+}
+
+/// The exchange as words, to which it is aligned.
 #[inline(always)]
 fn exchange_words(http: &mut Http) -> *mut u64 {
-    const _: () = assert!(core::mem::offset_of!(Http, exchange) == 0 && align_of::<Http>() == 8);
-    const _: () =
-        assert!(core::mem::offset_of!(Exchange, method) == 32 && core::mem::offset_of!(Exchange, target) == 48);
-    (http as *mut Http).cast()
+    const _: () = assert!(offset_of!(Http, exchange) % 8 == 0 && align_of::<Http>() == 8);
+    const _: () = assert!(offset_of!(Exchange, method) == 32 && offset_of!(Exchange, target) == 48);
+    (&raw mut http.exchange).cast()
+}
+
+/// Writes a word, if it is another than the one that is there: see [`Http`].
+///
+/// # Safety
+/// It can be read and written.
+#[inline(always)]
+unsafe fn write_changed(place: *mut u64, word: u64) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if place.read_volatile() != word {
+            place.write_volatile(word);
+        }
+    }
 }
 
 /// Readies a stream for a new head.
@@ -1198,15 +1670,12 @@ fn begin_head(s: &mut Stream) {
         (&raw mut s.head).write_volatile(0);
         (&raw mut s.length).write_volatile(0);
         (&raw mut s.word).write_volatile(0);
-        (&raw mut s.count).write_volatile(0);
-        (&raw mut s.part).write_volatile(part::NONE);
-        (&raw mut s.field).write_volatile(field::NONE);
-        (&raw mut s.tokens).write_volatile(0);
-        (&raw mut s.framing).write_volatile(0);
-        (&raw mut s.status).write_volatile(0);
-        (&raw mut s.version).write_volatile(0);
+        (&raw mut *s).cast::<u64>().add(offset_of!(Stream, status) / 8).write_volatile(0);
     }
 }
+
+const _: () = assert!(part::NONE == 0 && field::NONE == 0 && offset_of!(Stream, status) % 8 == 0);
+const _: () = assert!(offset_of!(Stream, framing) == offset_of!(Stream, status) + 7);
 
 #[inline(always)]
 fn begin_request(http: &mut Http, direction: usize) {
@@ -1228,15 +1697,17 @@ fn end_method(http: &mut Http, direction: usize, word: u64, more: u64, len: u8) 
     let words = exchange_words(http);
     // SAFETY: words 4 and 5 of the exchange are `method`.
     unsafe {
-        *words.add(4) = word;
-        *words.add(5) = more;
+        write_changed(words.add(4), word);
+        write_changed(words.add(5), more);
     }
     http.exchange.method_len = len;
     let mask = 1u64 << (http.begun.wrapping_sub(1) & 63);
-    http.heads &= !mask;
+    let mut heads = http.heads & !mask;
     if word == word_of(b"HEAD") {
-        http.heads |= mask;
+        heads |= mask;
     }
+    // SAFETY: a member.
+    unsafe { write_changed(&raw mut http.heads, heads) };
     http.connect = u8::from(word == word_of(b"CONNECT"));
     http.named = http.begun;
     if http.begun.wrapping_sub(http.answered) > MAX_OUTSTANDING {
@@ -1311,11 +1782,11 @@ fn known_method(word: u64) -> u32 {
 
 /// A step in a start line: the bytes used.
 #[inline(always)]
-fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32 {
-    let s = stream(http, D);
+fn start_line(http: &mut Http, direction: usize, here: &Place, byte: u8) -> u32 {
+    let s = stream(http, direction);
     match s.phase {
         phase::TARGET_REST => {
-            let (n, found) = window.find::<false>();
+            let (n, found) = here.find::<false>();
             // The byte that ended the search is looked at by itself.
             if !found {
                 return n;
@@ -1323,37 +1794,37 @@ fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32
             if n > 1 {
                 return n - 1;
             }
-            end_target::<D>(http, byte);
+            end_target(http, direction, byte);
             1
         }
         phase::VERSION_END | phase::VERSION_LF => {
             if byte == b'\n' {
-                end_request_line(http, D);
+                end_request_line(http, direction);
             } else if byte == b'\r' && s.phase == phase::VERSION_END {
                 s.phase = phase::VERSION_LF;
             } else {
-                not_http(http, D);
+                not_http(http, direction);
             }
             1
         }
         phase::METHOD => {
-            method_byte::<D>(http, byte);
+            method_byte(http, direction, byte);
             1
         }
-        phase::STATUS_VERSION => version::<D>(http, byte, phase::STATUS_SP),
+        phase::STATUS_VERSION => version(http, direction, byte, phase::STATUS_SP),
         phase::STATUS_SP => {
             if byte == b' ' {
                 s.phase = phase::STATUS_CODE;
                 s.count = 0;
             } else {
-                not_http(http, D);
+                not_http(http, direction);
             }
             1
         }
         phase::STATUS_CODE => {
             let digit = byte.wrapping_sub(b'0');
             if digit > 9 || s.count == 0 && digit == 0 {
-                not_http(http, D);
+                not_http(http, direction);
                 return 1;
             }
             s.status = s.status.wrapping_mul(10).wrapping_add(u16::from(digit));
@@ -1367,27 +1838,27 @@ fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32
             if byte == b' ' || byte == b'\r' {
                 s.phase = phase::REASON;
             } else if byte == b'\n' {
-                end_status_line(http, D);
+                end_status_line(http, direction);
             } else {
-                not_http(http, D);
+                not_http(http, direction);
             }
             1
         }
         phase::START_H => {
             // The kind may have been decided by the other direction since.
             if s.kind == kind::RESPONSES || s.kind == kind::UNKNOWN && byte == b'T' {
-                begin_response(http, D);
-                let s = stream(http, D);
+                begin_response(http, direction);
+                let s = stream(http, direction);
                 s.phase = phase::STATUS_VERSION;
                 s.count = 1;
-                version::<D>(http, byte, phase::STATUS_SP)
+                version(http, direction, byte, phase::STATUS_SP)
             } else {
-                begin_request(http, D);
-                let s = stream(http, D);
+                begin_request(http, direction);
+                let s = stream(http, direction);
                 s.phase = phase::METHOD;
                 s.word = u64::from(b'H');
                 s.count = 1;
-                method_byte::<D>(http, byte);
+                method_byte(http, direction, byte);
                 1
             }
         }
@@ -1395,7 +1866,7 @@ fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32
             if byte == 3 {
                 s.phase = phase::TLS_MINOR;
             } else {
-                not_http(http, D);
+                not_http(http, direction);
             }
             1
         }
@@ -1403,9 +1874,9 @@ fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32
             if byte <= 4 {
                 // The other end may not know TLS, and answer in HTTP.
                 http.exchange.protocol = protocol::TLS;
-                lose_direction(http, D);
+                lose_direction(http, direction);
             } else {
-                not_http(http, D);
+                not_http(http, direction);
             }
             1
         }
@@ -1414,27 +1885,47 @@ fn start_line<const D: usize>(http: &mut Http, window: &Window, byte: u8) -> u32
 
 /// The rest of the start line of a request, behind its target.
 #[inline(always)]
-fn request_version<const D: usize>(http: &mut Http, window: &Window) -> u32 {
-    let left = window.left;
-    let s = stream(http, D);
+fn request_version(http: &mut Http, direction: usize, here: &Place) -> u32 {
+    let left = here.left;
+    let s = stream(http, direction);
     if s.count == 0 && left >= 10 {
-        let (word, end) = (window.word(0), window.word(1));
+        let (word, end) = (here.word::<0>(), here.word::<8>());
         if word & !(1 << 56) == word_of(b"HTTP/1.0") && begins!(end, b"\r\n") {
             s.version = 10 + (word >> 56 & 1) as u8;
-            end_request_line(http, D);
+            end_request_line(http, direction);
             return 10;
         }
     }
-    version::<D>(http, window.byte(), phase::VERSION_END)
+    version(http, direction, here.byte(), phase::VERSION_END)
+}
+
+/// Bytes of a status line up to the SP or CR behind the code.
+const STATUS_LINE: u32 = 13;
+
+/// Version and code of a status line that begins with these words.
+#[inline(always)]
+fn status_line(word: u64, more: u64) -> Option<(u8, u16)> {
+    // " 200" and what follows: SP, or the end of the line.
+    let digits = more >> 8 & 0xff_ffff;
+    let (a, b, c) = (digits & 0xff, digits >> 8 & 0xff, digits >> 16);
+    let decimal = a.wrapping_sub(u64::from(b'1')) < 9
+        && b.wrapping_sub(u64::from(b'0')) < 10
+        && c.wrapping_sub(u64::from(b'0')) < 10;
+    let end = (more >> 32) as u8;
+    if word & !(1 << 56) != word_of(b"HTTP/1.0") || more as u8 != b' ' || !decimal || (end != b' ' && end != b'\r') {
+        return None;
+    }
+    let status = (a * 100 + b * 10 + c).wrapping_sub(u64::from(b'0') * 111) as u16;
+    Some((10 + (word >> 56 & 1) as u8, status))
 }
 
 /// At the first byte of a head, or before it.
 #[inline(always)]
-fn start<const D: usize>(http: &mut Http, window: &Window) -> u32 {
-    let left = window.left;
-    let byte = window.byte();
+fn start(http: &mut Http, direction: usize, here: &Place) -> u32 {
+    let left = here.left;
+    let byte = here.byte();
     let undecided = http.exchange.protocol <= protocol::UNDECIDED;
-    let s = stream(http, D);
+    let s = stream(http, direction);
     if (byte == 0x16 || byte == 0) && undecided && s.marks & mark::PROVISIONAL == 0 {
         // The PROXY protocol, version 2, begins with two empty lines and a 0.
         s.phase = if byte == 0 { phase::PROXY } else { phase::TLS_MAJOR };
@@ -1442,58 +1933,46 @@ fn start<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         return 1;
     }
     if s.kind == kind::RESPONSES {
-        begin_response(http, D);
-        let s = stream(http, D);
-        if left >= 13 {
-            let (word, more) = (window.word(0), window.word(1));
-            // " 200" and what follows: SP, or the end of the line.
-            let digits = more >> 8 & 0xff_ffff;
-            let (a, b, c) = (digits & 0xff, digits >> 8 & 0xff, digits >> 16);
-            let decimal = a.wrapping_sub(u64::from(b'1')) < 9
-                && b.wrapping_sub(u64::from(b'0')) < 10
-                && c.wrapping_sub(u64::from(b'0')) < 10;
-            let end = (more >> 32) as u8;
-            if word & !(1 << 56) == word_of(b"HTTP/1.0")
-                && more as u8 == b' '
-                && decimal
-                && (end == b' ' || end == b'\r')
-            {
-                s.version = 10 + (word >> 56 & 1) as u8;
-                s.status = (a * 100 + b * 10 + c).wrapping_sub(u64::from(b'0') * 111) as u16;
-                s.phase = phase::REASON;
-                return 13;
-            }
+        begin_response(http, direction);
+        let s = stream(http, direction);
+        if left >= STATUS_LINE
+            && let Some((version, status)) = status_line(here.word::<0>(), here.word::<8>())
+        {
+            s.version = version;
+            s.status = status;
+            s.phase = phase::REASON;
+            return STATUS_LINE;
         }
         s.phase = phase::STATUS_VERSION;
-        return version::<D>(http, byte, phase::STATUS_SP);
+        return version(http, direction, byte, phase::STATUS_SP);
     }
     if byte == b'\r' || byte == b'\n' {
         // RFC 9112 §2.2: an empty line before a request is ignored.
         return 1;
     }
-    let word = window.word(0);
+    let word = here.word::<0>();
     let len = if left >= 8 { known_method(word) } else { 0 };
     if len == 0 && byte == b'H' && s.kind == kind::UNKNOWN {
         s.phase = phase::START_H;
         return 1;
     }
-    begin_request(http, D);
+    begin_request(http, direction);
     if len != 0 {
-        end_method(http, D, word & (u64::MAX >> ((8 - len) * 8)), 0, len as u8);
+        end_method(http, direction, word & (u64::MAX >> ((8 - len) * 8)), 0, len as u8);
         return len + 1;
     }
-    stream(http, D).phase = phase::METHOD;
-    method_byte::<D>(http, byte);
+    stream(http, direction).phase = phase::METHOD;
+    method_byte(http, direction, byte);
     1
 }
 
 #[inline(always)]
-fn method_byte<const D: usize>(http: &mut Http, byte: u8) {
-    let s = stream(http, D);
+fn method_byte(http: &mut Http, direction: usize, byte: u8) {
+    let s = stream(http, direction);
     let count = s.count;
     if byte == b' ' && count != 0 {
         let (word, more) = (s.word, s.length);
-        end_method(http, D, word, more, count);
+        end_method(http, direction, word, more, count);
     } else if is_tchar(byte) && count < METHOD as u8 {
         let placed = u64::from(byte) << ((count & 7) * 8);
         if count < 8 {
@@ -1503,19 +1982,19 @@ fn method_byte<const D: usize>(http: &mut Http, byte: u8) {
         }
         s.count = count + 1;
     } else {
-        not_http(http, D);
+        not_http(http, direction);
     }
 }
 
 #[inline(always)]
-fn target<const D: usize>(http: &mut Http, window: &Window) -> u32 {
-    let left = window.left;
-    let byte = window.byte();
+fn target(http: &mut Http, direction: usize, here: &Place) -> u32 {
+    let left = here.left;
+    let byte = here.byte();
     let len = http.exchange.target_len;
     let full = http.full_target != 0;
     if len & 7 == 0 && len < TARGET as u8 && left >= 8 {
         // Eight bytes at once, as far as they are kept.
-        let word = window.word(0);
+        let word = here.word::<0>();
         let mut hit = below(word, b' ' + 1);
         if !full {
             hit |= equal(word, b'?') | equal(word, b'#');
@@ -1529,16 +2008,16 @@ fn target<const D: usize>(http: &mut Http, window: &Window) -> u32 {
             unsafe { *words.add(6 + clamp::<7>(u64::from(len >> 3)) as usize) = kept };
             http.exchange.target_len = len + n as u8;
             if n < 8 && (word >> (n * 8)) as u8 == b' ' {
-                end_target::<D>(http, b' ');
+                end_target(http, direction, b' ');
                 return n + 1;
             }
             return n;
         }
     }
     if byte <= b' ' {
-        end_target::<D>(http, byte);
+        end_target(http, direction, byte);
     } else if !full && (byte == b'?' || byte == b'#') {
-        let s = stream(http, D);
+        let s = stream(http, direction);
         // Something of the target was there, if not a byte that is kept.
         s.count = 1;
         s.phase = phase::TARGET_REST;
@@ -1548,18 +2027,18 @@ fn target<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         http.exchange.target_len = len + 1;
     } else {
         set(http, bit::TARGET_TRUNCATED);
-        stream(http, D).phase = phase::TARGET_REST;
+        stream(http, direction).phase = phase::TARGET_REST;
     }
     1
 }
 
 /// Behind the last byte of the target.
 #[inline(always)]
-fn end_target<const D: usize>(http: &mut Http, byte: u8) {
+fn end_target(http: &mut Http, direction: usize, byte: u8) {
     let len = http.exchange.target_len;
-    let s = stream(http, D);
+    let s = stream(http, direction);
     if byte != b' ' || len == 0 && s.count == 0 {
-        not_http(http, D);
+        not_http(http, direction);
     } else {
         s.phase = phase::VERSION;
         s.count = 0;
@@ -1568,7 +2047,7 @@ fn end_target<const D: usize>(http: &mut Http, byte: u8) {
 
 /// A byte of `HTTP/1.0` or `HTTP/1.1`.
 #[inline(always)]
-fn version<const D: usize>(http: &mut Http, byte: u8, then: u8) -> u32 {
+fn version(http: &mut Http, direction: usize, byte: u8, then: u8) -> u32 {
     const NAME: u64 = word_of(b"HTTP/1.0");
     let method = u8::from(
         http.exchange.method_len == 3
@@ -1576,7 +2055,7 @@ fn version<const D: usize>(http: &mut Http, byte: u8, then: u8) -> u32 {
             && http.exchange.method[1] == b'R'
             && http.exchange.method[2] == b'I',
     );
-    let s = stream(http, D);
+    let s = stream(http, direction);
     let expected = (NAME >> ((s.count & 7) * 8)) as u8;
     if s.count == 7 && (byte == b'0' || byte == b'1') {
         s.version = 10 + (byte - b'0');
@@ -1589,17 +2068,20 @@ fn version<const D: usize>(http: &mut Http, byte: u8, then: u8) -> u32 {
         http.begun = http.begun.wrapping_sub(1);
         stop(http, protocol::H2);
     } else {
-        not_http(http, D);
+        not_http(http, direction);
     }
     1
 }
 
+/// Bytes of the longest name of interest, with its colon.
+const LONGEST_NAME: u32 = b"transfer-encoding:".len() as u32;
+
 /// A step at the first byte of a line of the head.
 #[inline(always)]
-fn line<const D: usize>(http: &mut Http, window: &Window) -> u32 {
-    let left = window.left;
-    let byte = window.byte();
-    let s = stream(http, D);
+fn line(http: &mut Http, direction: usize, here: &Place) -> u32 {
+    let left = here.left;
+    let byte = here.byte();
+    let s = stream(http, direction);
     if is_blank(byte) {
         // obs-fold (RFC 9112 §5.2): the value goes on, and the line break was white space.
         s.phase = if s.field == field::NONE { phase::SKIP } else { phase::VALUE };
@@ -1609,20 +2091,20 @@ fn line<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         return 1;
     }
     if s.field != field::NONE {
-        end_element(http, D);
-        stream(http, D).field = field::NONE;
+        end_element(http, direction);
+        stream(http, direction).field = field::NONE;
     }
-    let s = stream(http, D);
+    let s = stream(http, direction);
     let mut end = u32::from(byte == b'\n');
     if byte == b'\r' {
-        if left < 2 || window.word(0) >> 8 & 0xff != u64::from(b'\n') {
+        if left < 2 || here.word::<0>() >> 8 & 0xff != u64::from(b'\n') {
             s.phase = phase::LINE_LF;
             return 1;
         }
         end = 2;
     }
     if end != 0 {
-        end_head::<D>(http, end);
+        end_head(http, direction, end, 0);
         return end;
     }
     let letter = byte | 0x20;
@@ -1630,20 +2112,20 @@ fn line<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         s.phase = phase::SKIP;
         return 0;
     }
-    let (word, more) = (window.word(0), window.word(1));
+    let (word, more) = (here.word::<0>(), here.word::<8>());
     // What lies beyond `left` is of an earlier window: each match must end before it.
     let (name, len, end) = if begins!(word, b"connecti") && begins!(more, b"on") {
         (field::CONNECTION, 11, more >> 16)
     } else if begins!(word, b"content-") && begins!(more, b"length") {
         (field::CONTENT_LENGTH, 15, more >> 48)
-    } else if begins!(word, b"transfer") && begins!(more, b"-encodin") && begins!(window.word(2), b"g") {
-        (field::TRANSFER_ENCODING, 18, window.word(2) >> 8)
+    } else if begins!(word, b"transfer") && begins!(more, b"-encodin") && begins!(here.word::<16>(), b"g") {
+        (field::TRANSFER_ENCODING, 18, here.word::<16>() >> 8)
     } else if begins!(word, b"keep-ali") && begins!(more, b"ve:") {
         (field::KEEP_ALIVE, 11, more >> 16)
     } else if begins!(word, b"upgrade:") {
         (field::UPGRADE, 8, word >> 56)
     } else {
-        (field::NONE, 18, 0)
+        (field::NONE, LONGEST_NAME, 0)
     };
     if len <= left {
         if end as u8 == b':' {
@@ -1760,24 +2242,24 @@ fn begin_value(s: &mut Stream, name: u8) {
 
 /// A step in the value of a field of interest.
 #[inline(always)]
-fn value<const D: usize>(http: &mut Http, window: &Window) -> u32 {
-    let left = window.left;
-    let byte = window.byte();
-    let s = stream(http, D);
+fn value(http: &mut Http, direction: usize, here: &Place) -> u32 {
+    let left = here.left;
+    let byte = here.byte();
+    let s = stream(http, direction);
     if s.count == 0 && s.part == part::NONE && byte == b' ' {
         // The common values, if they are the whole line and the next line does not continue them.
-        let (word, more) = (window.word(0), window.word(1));
+        let (word, more) = (here.word::<0>(), here.word::<8>());
         if s.field == field::CONNECTION {
             if left >= 9 && begins!(word, b" close\r\n") && !is_blank(more as u8) {
                 s.field = field::NONE;
                 s.phase = phase::LINE;
-                add_tokens(http, D, token::CLOSE);
+                add_tokens(http, direction, token::CLOSE);
                 return 8;
             }
             if left >= 14 && begins!(word, b" keep-al") && begins!(more, b"ive\r\n") && !is_blank((more >> 40) as u8) {
                 s.field = field::NONE;
                 s.phase = phase::LINE;
-                add_tokens(http, D, token::KEEP_ALIVE);
+                add_tokens(http, direction, token::KEEP_ALIVE);
                 return 13;
             }
         } else if s.field == field::CONTENT_LENGTH {
@@ -1792,8 +2274,8 @@ fn value<const D: usize>(http: &mut Http, window: &Window) -> u32 {
                 if left >= n + 4 && begins!(tail, b"\r\n") && !is_blank((tail >> 16) as u8) {
                     s.word = decimal(digits << (64 - shift));
                     s.count = n as u8;
-                    end_element(http, D);
-                    let s = stream(http, D);
+                    end_element(http, direction);
+                    let s = stream(http, direction);
                     s.field = field::NONE;
                     s.phase = phase::LINE;
                     return n + 3;
@@ -1808,7 +2290,7 @@ fn value<const D: usize>(http: &mut Http, window: &Window) -> u32 {
                 s.marks |= mark::GAP;
             }
         }
-        b',' => end_element(http, D),
+        b',' => end_element(http, direction),
         _ => element_byte(s, byte),
     }
     1
@@ -1903,6 +2385,17 @@ fn add_tokens(http: &mut Http, direction: usize, tokens: u8) {
     }
 }
 
+/// A valid `Content-Length`.
+#[inline(always)]
+fn content_length(s: &mut Stream, length: u64) {
+    if s.framing & framing::LENGTH != 0 && s.length != length {
+        s.framing |= framing::LENGTH_BAD;
+    } else {
+        s.framing |= framing::LENGTH;
+        s.length = length;
+    }
+}
+
 /// A list element is whole. Not inlined, for the size of the programs.
 #[inline(never)]
 fn end_element(http: &mut Http, direction: usize) {
@@ -1928,11 +2421,10 @@ fn end_element(http: &mut Http, direction: usize) {
             add_tokens(http, direction, tokens);
         }
         field::CONTENT_LENGTH => {
-            if count == 0 || count == SPOILED || s.framing & framing::LENGTH != 0 && s.length != word {
+            if count == 0 || count == SPOILED {
                 s.framing |= framing::LENGTH_BAD;
             } else {
-                s.framing |= framing::LENGTH;
-                s.length = word;
+                content_length(s, word);
             }
         }
         field::TRANSFER_ENCODING => {
@@ -1966,10 +2458,10 @@ fn end_element(http: &mut Http, direction: usize) {
 
 /// Behind the LF of a line that was passed over.
 #[inline(always)]
-fn end_line<const D: usize>(http: &mut Http) {
-    let s = stream(http, D);
+fn end_line(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
     match s.phase {
-        phase::REASON => end_status_line(http, D),
+        phase::REASON => end_status_line(http, direction),
         phase::TRAILER_SKIP => s.phase = phase::TRAILER,
         _ => end_chunk_size(s),
     }
@@ -2011,10 +2503,10 @@ fn through_memory(place: &mut u8, value: u8) -> u8 {
     }
 }
 
-/// Behind the empty line: RFC 9112 §6.3 says what follows.
+/// Behind the empty line: RFC 9112 §6.3 says what follows. `rest` is what the segment has of it, at least.
 #[inline(always)]
-fn end_head<const D: usize>(http: &mut Http, used: u32) {
-    let s = stream(http, D);
+fn end_head(http: &mut Http, direction: usize, used: u32, rest: u32) {
+    let s = stream(http, direction);
     if s.head.wrapping_add(used) > MAX_HEAD {
         s.phase = phase::REJECTED;
         return;
@@ -2051,7 +2543,7 @@ fn end_head<const D: usize>(http: &mut Http, used: u32) {
         }
         http.exchange.request_connection = tokens | token::COMPLETE;
         http.exchange.requests = http.exchange.requests.saturating_add(1);
-        stream(http, D).phase = next;
+        stream(http, direction).phase = next;
         if next != phase::START && next != phase::CONNECT {
             set(http, bit::REQUEST_INCOMPLETE);
         }
@@ -2090,7 +2582,7 @@ fn end_head<const D: usize>(http: &mut Http, used: u32) {
     if connect {
         // Refused: requests go on.
         http.connect = 0;
-        let requests = stream(http, 1 - D);
+        let requests = stream(http, 1 - direction);
         if requests.phase == phase::CONNECT {
             requests.phase = phase::START;
         }
@@ -2101,45 +2593,46 @@ fn end_head<const D: usize>(http: &mut Http, used: u32) {
         // It may answer a HEAD.
         next = phase::UNFRAMED;
     }
-    next = through_memory(&mut stream(http, D).phase, next);
-    if next == phase::BODY || next == phase::CHUNK_SIZE {
+    next = through_memory(&mut stream(http, direction).phase, next);
+    let whole = next == phase::BODY && length <= u64::from(rest);
+    if next == phase::BODY && !whole || next == phase::CHUNK_SIZE {
         set(http, bit::BODY_INCOMPLETE);
     } else if next == phase::UNTIL_CLOSE || next == phase::UNFRAMED {
         set(http, bit::BODY_UNTIL_CLOSE);
     }
-    stream(http, D).phase = next;
+    stream(http, direction).phase = next;
 }
 
 /// Data of a body.
 #[inline(always)]
-fn data<const D: usize>(http: &mut Http) -> u32 {
-    let s = stream(http, D);
-    let rest = s.len.wrapping_sub(s.at);
+fn data(http: &mut Http, direction: usize, window: &mut Window) {
+    let s = stream(http, direction);
+    let rest = window.len.wrapping_sub(window.at);
     if s.length > u64::from(rest) {
         s.length -= u64::from(rest);
-        return rest;
+        window.at = window.len;
+        return;
     }
-    let n = s.length as u32;
+    window.at = window.at.wrapping_add(s.length as u32);
     s.length = 0;
-    end_data(http, D);
-    n
+    end_data(http, direction);
 }
 
 /// A step in one of the other phases.
 #[inline(always)]
-fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
-    let left = window.left;
-    let byte = window.byte();
-    if stream(http, D).phase <= phase::STATUS_END {
-        return start_line::<D>(http, window, byte);
+fn rare(http: &mut Http, direction: usize, here: &Place) -> u32 {
+    let left = here.left;
+    let byte = here.byte();
+    if stream(http, direction).phase <= phase::STATUS_END {
+        return start_line(http, direction, here, byte);
     }
     let begun = http.begun;
-    let s = stream(http, D);
+    let s = stream(http, direction);
     match s.phase {
         phase::NAME => name_byte(s, byte),
         phase::LINE_LF => {
             if byte == b'\n' {
-                end_head::<D>(http, 1);
+                end_head(http, direction, 1, 0);
             } else {
                 s.phase = phase::REJECTED;
             }
@@ -2177,7 +2670,7 @@ fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         }
         phase::TRAILER => {
             if byte == b'\n' {
-                end_message(http, D);
+                end_message(http, direction);
             } else if byte == b'\r' {
                 s.phase = phase::TRAILER_LF;
             } else {
@@ -2186,14 +2679,14 @@ fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
         }
         phase::TRAILER_LF => {
             if byte == b'\n' {
-                end_message(http, D);
+                end_message(http, direction);
             } else {
                 s.phase = phase::REJECTED;
             }
         }
         phase::PROXY_LINE | phase::PROXY => proxy_byte(s, byte),
         phase::HUNT => {
-            let word = window.word(0);
+            let word = here.word::<0>();
             let found = left >= 8
                 && if s.kind == kind::RESPONSES {
                     begun != 0 && begins_status_line(word)
@@ -2201,7 +2694,7 @@ fn rare<const D: usize>(http: &mut Http, window: &Window) -> u32 {
                     known_method(word) != 0
                 };
             if !found {
-                return s.len.wrapping_sub(s.at);
+                return here.rest;
             }
             s.phase = phase::START;
             s.marks |= mark::PROVISIONAL;

@@ -43,7 +43,9 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
                 let err = sock::sk_err(sk);
                 aborted = err == sock::ECONNABORTED;
                 let old = err != sock::ETIMEDOUT && conn.flags & flag::RST_SENT == 0 && sock::shut_down(sk);
-                conn.closer.tgid == 0 && conn.flags & flag::RST_RECEIVED == 0 && (err == 0 || aborted || old)
+                conn.http.ending.closer.tgid == 0
+                    && conn.flags & flag::RST_RECEIVED == 0
+                    && (err == 0 || aborted || old)
             }
             _ => false,
         };
@@ -62,7 +64,7 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
             Who::Exiting => conn.flags |= flag::CLOSED_BY_EXIT,
             Who::Process => {}
         }
-        conn::copy_words::<4>((&raw mut conn.closer).cast(), (&raw const task).cast());
+        conn::copy_words::<4>((&raw mut conn.http.ending.closer).cast(), (&raw const task).cast());
         if conn::pid_asked(&task) {
             conn.marks |= mark::CLOSER_ASKED;
         }

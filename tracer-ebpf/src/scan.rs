@@ -1,17 +1,18 @@
 //! Runs the head scanner on the payload of a segment.
 //!
 //! What comes in: a packet, and the scanner's state of its connection in map memory. What goes out: that state, changed.
-//! A segment that lies inside a body costs no more than [`head::enter`]. Everything that the loop changes is in map
-//! memory: what is on the stack the verifier would follow exactly, step by step. The window alone is on the stack, filled
-//! by a helper, which the verifier takes for unknown bytes.
+//! A segment that lies inside a body costs no more than a look. Everything that the loop changes is in map memory, or is
+//! written by global functions: what a program itself writes to its stack the verifier would follow exactly, step by step.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::__sk_buff,
+    btf_maps::PerCpuArray,
     helpers::generated::{bpf_loop, bpf_skb_load_bytes},
+    macros::btf_map,
 };
-use tracer_ebpf::head::{self, Http};
+use tracer_ebpf::head::{self, Http, Window};
 
 use crate::conn::clear_words;
 use crate::sock;
@@ -22,9 +23,10 @@ struct Context {
     skb: *mut __sk_buff,
     http: *mut Http,
     payload_at: u32,
+    direction: u32,
+    window: Window,
     /// 1: done; 0: the steps did not suffice, or the payload could not be read.
-    finished: u32,
-    window: [u64; head::WINDOW_WORDS],
+    finished: u64,
 }
 
 /// Scans `len` bytes of payload that begin at `payload_at` of the packet and at `seq` of the stream, in direction `D`.
@@ -36,7 +38,7 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
     // SAFETY: valid as the caller says. The other direction may be scanned on another CPU at the same time: each writes
     // its own stream, and what the two share is written in the way that `Http` describes.
     let state = unsafe { &mut *http };
-    if head::is_done::<D>(state, seq) {
+    if head::is_done::<D>(state, seq) || head::is_inside_body::<D>(state, seq, len) {
         return;
     }
     let busy = &raw mut state.streams[D].busy;
@@ -52,9 +54,9 @@ pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, 
             head::again(state, seq, len, next);
         }
     }
-    if head::enter::<D>(state, seq, len) {
+    if let Some(at) = head::enter::<D>(state, seq, len) {
         // SAFETY: as the caller says.
-        unsafe { run::<D>(skb, payload_at, state) };
+        unsafe { run::<D>(skb, payload_at, at, len, state) };
     }
     if D == head::INGRESS {
         // SAFETY: an aligned word of `state`. An exchange orders it behind everything that was written before.
@@ -93,9 +95,12 @@ pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
     value
 }
 
-/// The loop, with its window in a stack frame of its own.
+/// The turns of the scanner, with the window in this stack frame.
+///
+/// # Safety
+/// As for [`scan`]; the caller has what [`head::enter`] answered.
 #[inline(always)]
-unsafe fn run<const D: usize>(skb: *mut __sk_buff, payload_at: u32, http: &mut Http) {
+unsafe fn run<const D: usize>(skb: *mut __sk_buff, payload_at: u32, at: u32, len: u32, http: &mut Http) {
     let mut context = core::mem::MaybeUninit::<Context>::uninit();
     let context = context.as_mut_ptr();
     // SAFETY: every field of `context` is written before it is read. Volatile words: an array copy becomes a loop.
@@ -103,33 +108,91 @@ unsafe fn run<const D: usize>(skb: *mut __sk_buff, payload_at: u32, http: &mut H
         (*context).skb = skb;
         (*context).http = http;
         (*context).payload_at = payload_at;
+        (*context).direction = D as u32;
         (*context).finished = 0;
-        let window = (&raw mut (*context).window).cast::<u64>();
-        clear_words::<{ head::WINDOW_WORDS }>(window);
-        bpf_loop(head::MAX_STEPS, step::<D> as *mut c_void, context.cast(), 0);
+        let window = &raw mut (*context).window;
+        clear_words::<{ head::WINDOW / 8 }>((&raw mut (*window).words).cast::<u64>());
+        head::begin(&mut *window, at, len);
+        // Most segments need but one turn. It is cheaper outside of the loop.
+        if turn(context) == 0 {
+            bpf_loop(head::MAX_STEPS, step as *mut c_void, context.cast(), 0);
+        }
         let finished = (&raw const (*context).finished).read_volatile() != 0;
         head::leave::<D>(http, finished);
     }
 }
 
-/// One turn: 1 ends the loop.
-#[inline(never)]
-unsafe extern "C" fn step<const D: usize>(_turn: u32, context: *mut Context) -> i64 {
-    // SAFETY: `run` passes its own context, which outlives the loop; a load is bounded by the size of the window.
+/// A further turn, called by `bpf_loop`.
+///
+/// # Safety
+/// As for [`turn`].
+unsafe extern "C" fn step(_turn: u32, context: *mut Context) -> i64 {
+    // SAFETY: `run` passes its own context, which outlives the loop.
+    unsafe { turn(context) }
+}
+
+/// One turn: 1 ends them.
+///
+/// # Safety
+/// `context` is that of [`run`].
+#[inline(always)]
+unsafe fn turn(context: *mut Context) -> i64 {
+    // SAFETY: by the caller's word; a load is bounded by the size of the window.
     unsafe {
         let http = &mut *(*context).http;
-        let window = (&raw mut (*context).window).cast::<u64>();
-        if let Some((at, n)) = head::refill::<D>(http) {
-            let n = bounded(n);
-            if bpf_skb_load_bytes((*context).skb.cast(), (*context).payload_at + at, window.cast(), n) != 0 {
+        let direction = (*context).direction as usize;
+        let window = &raw mut (*context).window;
+        if let Some(at) = head::is_in_long_line(http, direction, &*window) {
+            let passed = stretch((*context).skb, direction as u32, (*context).payload_at + at);
+            head::pass(http, direction, &mut *window, passed);
+        }
+        if let Some((at, n)) = head::refill(http, direction, &mut *window) {
+            let words = (&raw mut (*window).words).cast();
+            if bpf_skb_load_bytes((*context).skb.cast(), (*context).payload_at + at, words, bounded(n)) != 0 {
                 return 1;
             }
         }
-        if head::step::<D>(http, window) {
+        if head::step(http, direction, &mut *window) {
             return 0;
         }
         (&raw mut (*context).finished).write_volatile(1);
         1
+    }
+}
+
+/// A place for a stretch of a long line. The stack has none.
+#[repr(C)]
+struct Stretch {
+    /// 1: somebody reads it.
+    busy: u32,
+    words: [u64; head::STRETCH_WORDS],
+}
+
+/// For what is received and for what is sent.
+#[btf_map]
+static STRETCHES: PerCpuArray<Stretch, 2> = PerCpuArray::new();
+
+/// [`head::stretch`] of the packet from `at` on, which must have as many bytes.
+///
+/// # Safety
+/// `skb` is the context of the running program.
+#[inline(never)]
+unsafe fn stretch(skb: *mut __sk_buff, direction: u32, at: u32) -> u32 {
+    let Some(place) = STRETCHES.get_ptr_mut(direction) else { return 0 };
+    // SAFETY: a slot of this CPU, which only the holder of `busy` uses.
+    unsafe {
+        let busy = &raw mut (*place).busy;
+        if exchange(busy, 1) != 0 {
+            // It was interrupted by this program.
+            return 0;
+        }
+        let words = &raw mut (*place).words;
+        let mut passed = 0;
+        if bpf_skb_load_bytes(skb.cast(), at, words.cast(), head::STRETCH_WORDS as u32 * 8) == 0 {
+            passed = head::stretch(&*words);
+        }
+        exchange(busy, 0);
+        passed
     }
 }
 

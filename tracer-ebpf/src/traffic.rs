@@ -4,8 +4,10 @@
 //! sees them (so with duplicates and gaps), at egress with retransmissions. Most packets cost a few instructions: a pure
 //! ACK is done after its header. Every path answers 1: the packet passes.
 
+use core::mem::offset_of;
+
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_skb_load_bytes};
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_skb_load_bytes};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use tracer_ebpf::head::{self, EGRESS, INGRESS, clamp};
@@ -24,20 +26,23 @@ const RST: u8 = 1 << 2;
 
 const IPPROTO_TCP: u8 = 6;
 
-/// `BPF_CGROUP_INET_INGRESS`; the listener is the socket of a segment that completes a handshake.
-/// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/cgroup.c#L1352>
+/// `BPF_CGROUP_INET_INGRESS` and `BPF_CGROUP_INET_EGRESS`. At ingress the listener is the socket of a segment that completes a
+/// handshake. <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/cgroup.c#L1352>
+///
+/// One program for both: between two processes of one host each segment passes it twice in a row, and the second time finds it
+/// in the processor's cache. What is received bears the device that it came from
+/// (<https://github.com/torvalds/linux/blob/v6.12/net/core/dev.c#L5509>), what a socket sends does not.
 #[cgroup_skb]
-fn ingress(ctx: SkBuffContext) -> i32 {
+fn packets(ctx: SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
     // SAFETY: the context of a `cgroup_skb` program.
-    unsafe { packet::<INGRESS>(ctx.skb.skb) };
-    PASS
-}
-
-/// `BPF_CGROUP_INET_EGRESS`
-#[cgroup_skb]
-fn egress(ctx: SkBuffContext) -> i32 {
-    // SAFETY: the context of a `cgroup_skb` program.
-    unsafe { packet::<EGRESS>(ctx.skb.skb) };
+    unsafe {
+        if (*skb).ingress_ifindex != 0 {
+            packet::<INGRESS>(skb);
+        } else {
+            packet::<EGRESS>(skb);
+        }
+    }
     PASS
 }
 
@@ -93,9 +98,22 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
         } else {
             return None;
         };
-        let word = |offset: usize| u32::from_be(((header + offset) as *const u32).read_unaligned());
-        Some(Segment::new((*skb).len, at, [word(0), word(4), word(12)]))
+        Some(Segment::new((*skb).len, at, [word::<0>(header), word::<4>(header), word::<12>(header)]))
     }
+}
+
+/// The word `N` bytes behind `at`, which is in network byte order.
+///
+/// # Safety
+/// It can be read.
+#[inline(always)]
+unsafe fn word<const N: usize>(at: usize) -> u32 {
+    let word: u32;
+    // SAFETY: by the caller's word. In assembly: where it is not known to be aligned, rustc would load byte by byte.
+    unsafe {
+        core::arch::asm!("{0} = *(u32 *)({1} + {2})", out(wreg) word, in(reg) at, const N, options(pure, readonly, nostack))
+    };
+    u32::from_be(word)
 }
 
 impl Segment {
@@ -278,19 +296,29 @@ unsafe fn end_leaves(skb: *mut __sk_buff, state: i32, conn: &mut Conn, segment: 
     }
 }
 
-/// Notes the time of payload that is new, and came before the end: not that of a retransmission or a probe.
+/// Notes the time of payload that is new, and came before the end: not that of a retransmission or a probe. Of what arrives
+/// within one tick of the kernel (1 to 10 ms), that of the first: there may be many segments, and the clock is dear.
 ///
 /// # Safety
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
 unsafe fn active<const DIRECTION: usize>(skb: *mut __sk_buff, conn: &mut Conn, segment: &Segment) {
     let end = segment.seq.wrapping_add(segment.len);
-    let known = conn.payload_end[DIRECTION];
+    let stream = &mut conn.http.streams[DIRECTION];
+    let known = stream.payload_end;
     if known == 0 || (end.wrapping_sub(known) as i32) > 0 {
-        conn.payload_end[DIRECTION] = end;
-        if conn.end_ns == 0 {
+        stream.payload_end = end;
+        if conn.http.ending.at_ns == 0 {
+            if DIRECTION == INGRESS {
+                // SAFETY: the helper takes nothing.
+                let tick = unsafe { bpf_jiffies64() } as u32;
+                if stream.payload_tick == tick && stream.payload_ns != 0 {
+                    return;
+                }
+                stream.payload_tick = tick;
+            }
             // SAFETY: by the caller's word.
-            conn.payload_ns = unsafe { time::<DIRECTION>(skb) };
+            stream.payload_ns = unsafe { time::<DIRECTION>(skb) };
         }
     }
 }
@@ -310,8 +338,8 @@ unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
         if segment.len == 0 || !conn::port_passes(segment.source_port, segment.dest_port) {
             return;
         }
-        (*handover).payload_ns = conn::now();
         conn::clear_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>((&raw mut (*handover).http).cast());
+        (*handover).http.streams[INGRESS].payload_ns = conn::now();
         (*handover).seq = segment.seq;
         (*handover).len = segment.len;
         (*handover).syn = u32::from(segment.flags & SYN != 0);
@@ -337,10 +365,11 @@ pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32, snd_una: u32) {
     let handed = conn.marks & mark::HANDED_OVER != 0;
     // A segment that was read before the socket was cloned. With TCP Fast Open it is counted by now.
     let (seq, len) = if handed { (conn.handed_seq, conn.handed_len) } else { (rcv_nxt, 0) };
-    conn.payload_end[INGRESS] = seq.wrapping_add(len);
     let begins = if conn.marks & mark::HANDED_SYN != 0 { seq.wrapping_add(len) } else { seq };
     let claimed = begins != rcv_nxt && restart(conn);
-    head::role(&mut conn.http, conn.role);
+    conn.http.streams[INGRESS].payload_end = seq.wrapping_add(len);
+    let role = conn.role;
+    head::role(&mut conn.http, role);
     head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
     head::sync::<EGRESS>(&mut conn.http, snd_una);
     if begins != rcv_nxt {
@@ -364,11 +393,19 @@ fn restart(conn: &mut Conn) -> bool {
             head::miss::<INGRESS>(&mut conn.http);
             return false;
         }
-        const BUSY: usize =
-            core::mem::offset_of!(head::Http, streams) / 8 + core::mem::offset_of!(head::Stream, busy) / 8;
+        // All but what is not the scanner's, the time of the payload, and `busy`.
+        const BESIDE: usize = offset_of!(head::Http, ending) / 8;
+        const STREAM: usize = size_of::<head::Stream>() / 8;
+        const PAYLOAD: usize = offset_of!(head::Stream, payload_ns) / 8;
+        const BUSY: usize = offset_of!(head::Stream, busy) / 8;
         let words = (&raw mut conn.http).cast::<u64>();
-        conn::clear_words::<BUSY>(words);
-        conn::clear_words::<{ size_of::<head::Http>() / 8 - BUSY - 1 }>(words.add(BUSY + 1));
+        conn::clear_words::<BESIDE>(words);
+        let stream = (&raw mut conn.http.streams[INGRESS]).cast::<u64>();
+        conn::clear_words::<PAYLOAD>(stream);
+        conn::clear_words::<{ STREAM - BUSY - 1 }>(stream.add(BUSY + 1));
+        let stream = (&raw mut conn.http.streams[EGRESS]).cast::<u64>();
+        conn::clear_words::<PAYLOAD>(stream);
+        conn::clear_words::<{ STREAM - BUSY }>(stream.add(BUSY));
     }
     conn.http.full_target = full_target;
     true

@@ -124,7 +124,7 @@ pub enum Place {
     /// A tracepoint, and the programs that are attached to it, in their order.
     Tracepoint(&'static str, &'static [&'static str]),
     /// Packets at the cgroup-v2 root, and the program.
-    Packets(Direction, &'static str),
+    Packets(Direction),
     /// The walk over every open file: it is made at once.
     OpenFiles,
     /// The walk over every followed socket: it is prepared.
@@ -196,12 +196,8 @@ const HOOKS: [Hook; 9] = [
              one, the cause is unknown",
         ),
     ),
-    Hook {
-        name: "cgroup_skb/ingress",
-        place: Place::Packets(Direction::Ingress, "ingress"),
-        without: Without::Refused,
-    },
-    Hook { name: "cgroup_skb/egress", place: Place::Packets(Direction::Egress, "egress"), without: Without::Refused },
+    Hook { name: "cgroup_skb/ingress", place: Place::Packets(Direction::Ingress), without: Without::Refused },
+    Hook { name: "cgroup_skb/egress", place: Place::Packets(Direction::Egress), without: Without::Refused },
     tracepoint(
         "tp_btf/inet_sock_set_state",
         "inet_sock_set_state",
@@ -293,13 +289,16 @@ impl<'a> Object<'a> {
                     program.attach().with_context(|| format!("cannot attach {name}"))?;
                 }
             }
-            Place::Packets(direction, program) => {
+            Place::Packets(direction) => {
                 let direction = match direction {
                     Direction::Ingress => CgroupSkbAttachType::Ingress,
                     Direction::Egress => CgroupSkbAttachType::Egress,
                 };
-                let program: &mut CgroupSkb = self::program(&mut self.ebpf, program)?.try_into()?;
-                program.load().with_context(|| format!("the kernel refused program {name}"))?;
+                let program: &mut CgroupSkb = self::program(&mut self.ebpf, "packets")?.try_into()?;
+                // One program for both.
+                if program.fd().is_err() {
+                    program.load().with_context(|| format!("the kernel refused program {name}"))?;
+                }
                 program
                     .attach(self.cgroup.as_fd(), direction, CgroupAttachMode::Single)
                     .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;

@@ -11,7 +11,7 @@
 //! | `0xfb` | the segment that follows is dropped by TCP: what it sends for these bytes later need not be the same |
 
 use super::head::{
-    self, EGRESS, Exchange, Http, INGRESS, MAX_STEPS, TARGET, WINDOW, WINDOW_WORDS, bit, protocol, token,
+    self, EGRESS, Exchange, Http, INGRESS, MAX_STEPS, STRETCH_WORDS, TARGET, WINDOW, Window, bit, protocol, token,
 };
 use super::reader::{Head, Reader};
 
@@ -22,24 +22,31 @@ pub const LONGEST: usize = 12 << 10;
 
 /// Gives a segment to the scanner, as the kernel's programs do.
 pub fn segment<const D: usize>(http: &mut Http, seq: u32, bytes: &[u8]) {
-    if !head::enter::<D>(http, seq, bytes.len() as u32) {
-        return;
-    }
+    let Some(at) = head::enter::<D>(http, seq, bytes.len() as u32) else { return };
     // Not zero: what lies behind the filled part must not matter.
-    let mut window = [u64::from_le_bytes(*b"\r\nclose\n"); WINDOW_WORDS];
+    let mut window = Window::EMPTY;
+    window.words.fill(u64::from_le_bytes(*b"\r\nclose\n"));
+    head::begin(&mut window, at, bytes.len() as u32);
     let mut finished = false;
     for turn in 0..MAX_STEPS {
         assert!(turn as usize <= bytes.len() * 2, "a step takes a byte, or is followed by one that does");
-        if let Some((at, n)) = head::refill::<D>(http) {
+        if let Some(at) = head::is_in_long_line(http, D, &window) {
+            let mut words = [0u64; STRETCH_WORDS];
+            let bytes = &bytes[at as usize..at as usize + STRETCH_WORDS * 8];
+            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+                *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+            }
+            head::pass(http, D, &mut window, head::stretch(&words));
+        }
+        if let Some((at, n)) = head::refill(http, D, &mut window) {
             let (at, n) = (at as usize, n as usize);
             assert!(n > 0 && n <= WINDOW && at + n <= bytes.len(), "the window leaves the segment");
             for (i, byte) in bytes[at..at + n].iter().enumerate() {
                 let shift = (i % 8) * 8;
-                window[i / 8] = window[i / 8] & !(0xff << shift) | u64::from(*byte) << shift;
+                window.words[i / 8] = window.words[i / 8] & !(0xff << shift) | u64::from(*byte) << shift;
             }
         }
-        // SAFETY: the window has WINDOW bytes.
-        if !unsafe { head::step::<D>(http, window.as_ptr()) } {
+        if !head::step(http, D, &mut window) {
             finished = true;
             break;
         }
@@ -54,7 +61,8 @@ pub fn segment_in(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
 
 /// Gives a received segment to the scanner, as the kernel's programs do: `next` is the first byte that TCP has not received.
 fn receive(http: &mut Http, seq: u32, bytes: &[u8], next: u32) {
-    if head::is_done::<INGRESS>(http, seq) {
+    let len = bytes.len() as u32;
+    if head::is_done::<INGRESS>(http, seq) || head::is_inside_body::<INGRESS>(http, seq, len) {
         return;
     }
     if head::repeats(http, seq) {
@@ -67,7 +75,7 @@ fn receive(http: &mut Http, seq: u32, bytes: &[u8], next: u32) {
 fn arrive(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], next: u32) {
     if direction == INGRESS {
         receive(http, seq, bytes, next);
-    } else if !head::is_done::<EGRESS>(http, seq) {
+    } else if !head::is_done::<EGRESS>(http, seq) && !head::is_inside_body::<EGRESS>(http, seq, bytes.len() as u32) {
         segment::<EGRESS>(http, seq, bytes);
     }
 }

@@ -35,13 +35,17 @@ pub(crate) struct Floor {
 impl Floor {
     /// On hooks as tracer's `start` names them. Iterators run when they are asked to, and are left out.
     pub(crate) fn attach(hooks: &[String], types: &Types) -> Result<Self> {
+        // As tracer: one program for both directions.
+        let packets = packets()?;
+        let root = File::open(cgroup_root()?)?;
+        let cgroup = |direction| link(&packets, &root, direction).map(|link| vec![link]);
         let mut held = Vec::new();
         for hook in hooks {
             let (kind, name) = hook.split_once('/').unwrap_or((hook, ""));
             let attached = match (kind, name) {
-                ("tp_btf", name) => tracepoint(name, &returns(0), types),
-                ("cgroup_skb", name @ "ingress") => cgroup(name, uapi::BPF_CGROUP_INET_INGRESS),
-                ("cgroup_skb", name @ "egress") => cgroup(name, uapi::BPF_CGROUP_INET_EGRESS),
+                ("tp_btf", name) => tracepoint(name, &returns(0), types).map(Vec::from),
+                ("cgroup_skb", "ingress") => cgroup(uapi::BPF_CGROUP_INET_INGRESS).map_err(Into::into),
+                ("cgroup_skb", "egress") => cgroup(uapi::BPF_CGROUP_INET_EGRESS).map_err(Into::into),
                 ("iter", _) => continue,
                 _ => bail!("tracer has a hook {hook} that the floor does not know"),
             };
@@ -51,16 +55,15 @@ impl Floor {
                 held.extend(tracepoint(name, &returns(0), types).context("a second empty program on the transitions")?);
             }
         }
+        held.push(packets);
         Ok(Self { _held: held })
     }
 }
 
-fn cgroup(name: &str, direction: u32) -> Result<[OwnedFd; 2]> {
-    let root = File::open(cgroup_root()?)?;
-    let kind = Kind { prog_type: uapi::BPF_PROG_TYPE_CGROUP_SKB, expected_attach_type: direction, attach_btf_id: 0 };
-    let program = load(name, &returns(1), &kind)?;
-    let link = link(&program, &root, direction)?;
-    Ok([program, link])
+/// Under the name of tracer's own, beside which it is listed.
+fn packets() -> Result<OwnedFd> {
+    let kind = Kind { prog_type: uapi::BPF_PROG_TYPE_CGROUP_SKB, expected_attach_type: 0, attach_btf_id: 0 };
+    load("packets", &returns(1), &kind).context("an empty program for packets")
 }
 
 /// Where the root of the cgroup-v2 hierarchy is mounted.
