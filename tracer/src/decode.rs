@@ -172,11 +172,19 @@ pub fn decode(bytes: &[u8]) -> Result<Fact, NotARecord> {
     if bytes.len() != size_of::<Record>() {
         return Err(NotARecord::Size(bytes.len()));
     }
-    let record: Record = bytemuck::pod_read_unaligned(bytes);
+    let copy: Record;
+    let record: &Record = match bytemuck::try_from_bytes(bytes) {
+        Ok(record) => record,
+        // In the ring buffer they are aligned.
+        Err(_) => {
+            copy = bytemuck::pod_read_unaligned(bytes);
+            &copy
+        }
+    };
     match record.kind {
-        kind::CLOSE => Ok(Fact::Ended(Box::new(socket(&record)?))),
-        kind::STATE => Ok(Fact::Changed(Box::new(socket(&record)?))),
-        kind::CLOSE_WAIT => Ok(Fact::CloseWait(Box::new(socket(&record)?))),
+        kind::CLOSE => Ok(Fact::Ended(Box::new(socket(record)?))),
+        kind::STATE => Ok(Fact::Changed(Box::new(socket(record)?))),
+        kind::CLOSE_WAIT => Ok(Fact::CloseWait(Box::new(socket(record)?))),
         kind::RESET_AFTER_CLOSE => Ok(Fact::ResetAfterEnd { cookie: record.cookie }),
         other => Err(NotARecord::Kind(other)),
     }

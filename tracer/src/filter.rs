@@ -276,6 +276,11 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether it lets all pass.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// Whether an event is wanted. What is about no connection always is.
     ///
     /// A `close_wait` has no `final`, so it passes no filter by that; how long it will be open is not known, and not asked. A

@@ -26,6 +26,7 @@ pub mod offsets;
 pub mod preflight;
 pub mod privileges;
 pub mod process;
+mod recent;
 pub mod record;
 pub mod report;
 pub mod reporter;

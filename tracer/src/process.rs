@@ -21,11 +21,14 @@ use serde::{Deserialize, Serialize};
 use crate::broker::Broker;
 use crate::decode::Task;
 use crate::event::Process;
+use crate::recent::Recent;
 use crate::time_namespace::seen_ticks;
 
 const PROC: &str = "/proc";
 /// Processes that are kept.
 const CACHED: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+/// Of them, those that can be found without a search: nearly all connections are those of a few processes.
+const RECENT: usize = 4;
 /// How long what was read is believed: a process may call `execve` and keep its name, or be moved to another cgroup.
 const BELIEVED: Duration = Duration::from_secs(1);
 /// Bytes of a file in `/proc` that are read; a longer `cgroup` is not a cgroup's.
@@ -38,6 +41,8 @@ pub struct Processes {
     broker: Option<Arc<Broker>>,
     /// By process id and start time.
     cache: LruCache<(u32, u64), Cached>,
+    /// As they were found in it last, and when they were read.
+    recent: Recent<(Task, Instant, Arc<Process>), RECENT>,
     /// [`BELIEVED`]
     believed: Duration,
     /// Process id of this process, and its start in clock ticks; `None`: `/proc` did not say.
@@ -80,7 +85,14 @@ impl Processes {
     pub(crate) fn at(proc: &Path) -> Self {
         let own = std::fs::read("/proc/self/stat").ok().and_then(|stat| start_ticks(&stat));
         let own = (std::process::id(), own);
-        Self { proc: proc.to_owned(), broker: None, cache: LruCache::new(CACHED), believed: BELIEVED, own }
+        Self {
+            proc: proc.to_owned(),
+            broker: None,
+            cache: LruCache::new(CACHED),
+            recent: Recent::default(),
+            believed: BELIEVED,
+            own,
+        }
     }
 
     /// Whether it is this process, which owns no connection: but its walk over the open files at the start holds each of
@@ -92,15 +104,21 @@ impl Processes {
 
     /// Describes a process, `now`. Its id, name and user are what the kernel recorded at the time, whatever they are by now.
     pub fn describe(&mut self, task: &Task, now: Instant) -> Arc<Process> {
+        let believed = self.believed;
+        let is_believed = |read_at| now.duration_since(read_at) < believed;
+        if let Some((.., process)) = self.recent.find(|(known, read_at, _)| known == task && is_believed(*read_at)) {
+            return Arc::clone(process);
+        }
         let key = (task.pid, task.start_ns);
         if let Some(cached) = self.cache.get_mut(&key)
             && cached.comm == task.comm
-            && now.duration_since(cached.read_at) < self.believed
+            && is_believed(cached.read_at)
         {
             let process = &cached.process;
             if (process.uid, process.source) != (task.uid, task.source) {
                 cached.process = Arc::new(Process { uid: task.uid, source: task.source, ..Process::clone(process) });
             }
+            self.recent.keep((*task, cached.read_at, Arc::clone(&cached.process)));
             return Arc::clone(&cached.process);
         }
         let read = self.broker.as_ref().map_or_else(|| read(&self.proc, task), |broker| broker.process(task));

@@ -1,9 +1,10 @@
 //! `tracer run`: wires the steps together and ends them in order.
 //!
-//! Two threads. This one reads the ring buffer and turns records into lines; the other, in [`writer`], writes them. Between
+//! Two threads. This one reads the ring buffer and turns records into lines, in [`outbox`]; the other, in [`writer`], writes them. Between
 //! them is a bounded queue: when stdout is not read, this thread stops reading, the ring buffer fills, and the programs
 //! count what they lose. The traced host is never blocked, and a signal is always heard.
 
+mod outbox;
 mod writer;
 
 use std::fs::File;
@@ -36,6 +37,7 @@ use crate::sandbox::{self, Part};
 use crate::sink::Sink;
 use crate::sink::summary::{Missed, Moment};
 use crate::time_wait::{self, SockDiag};
+use outbox::Outbox;
 use writer::Writer;
 
 /// What to trace, and how to print it.
@@ -97,7 +99,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
-    let mut books = Books::open(&kernel);
+    let books = Books::open(&kernel);
     // Not before: what is there already is not replaced by the recording of a run that could not begin.
     let recording = match &options.record {
         Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
@@ -133,7 +135,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     }
     let records = recording.is_some();
     let every = options.wanted.every;
-    let mut reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
+    let reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
     let writer = Writer::start()?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
@@ -166,26 +168,20 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     };
     tokio::pin!(end);
 
-    let mut events = vec![start];
-    // What was made of them, on its way to the writer.
-    let mut lines = Vec::new();
+    let mut outbox = Outbox::new(books, options.filter, reporter, start);
     // When what was recorded must be in the file.
     let mut flush_at = None;
-    // What is asked for, behind these events.
+    // What is asked for, behind the events.
     let mut ask = None;
     let outcome = loop {
-        books.sift(&options.filter, &mut events);
-        books.sent(&events);
-        if records && !events.is_empty() {
-            flush_at = flush_at.or_else(|| Some(Instant::now() + record::FLUSH_AFTER));
-        }
-        let taken = reporter.take(&events, ask.take(), &mut lines);
-        events.clear();
-        if let Err(error) = taken {
+        if let Err(error) = outbox.answer(ask.take()) {
             break Err(error.into());
         }
+        if std::mem::take(&mut outbox.has_passed) && records {
+            flush_at = flush_at.or_else(|| Some(Instant::now() + record::FLUSH_AFTER));
+        }
         // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
-        let full = !lines.is_empty();
+        let full = !outbox.lines.is_empty();
         let poll_at = connections.next_poll();
         tokio::select! {
             biased;
@@ -196,36 +192,36 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             // Stdout has failed; the writer says why.
             () = writer.ended() => break Ok(()),
             // That it has ended is seen above.
-            () = writer.send(&mut lines), if full => {}
+            () = writer.send(&mut outbox.lines), if full => {}
             _ = summary_wanted.recv(), if !full => {
-                let ledger = books.ledger(&kernel, &connections);
+                let ledger = outbox.books.ledger(&kernel, &connections);
                 ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat, ledger)));
             }
             () = tick(&mut summary_ticks), if !full => {
-                let ledger = books.ledger(&kernel, &connections);
+                let ledger = outbox.books.ledger(&kernel, &connections);
                 ask = Some((reporter::Ask::Every, moment(losses.missed, &sockstat, ledger)));
             }
             () = until(flush_at), if flush_at.is_some() => {
-                reporter.record(&[]);
+                outbox.reporter.record(&[]);
                 flush_at = None;
             }
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
-                take(&mut ring, &mut connections, Instant::now(), &mut events);
-                losses.check(&kernel, &mut events)?;
+                take(&mut ring, &mut connections, Instant::now(), &mut outbox);
+                losses.check(&kernel, &mut outbox.events)?;
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
             ready = ring.ready(), if !full => {
                 ready?;
                 connections.set_clock();
                 let now = Instant::now();
-                take(&mut ring, &mut connections, now, &mut events);
+                take(&mut ring, &mut connections, now, &mut outbox);
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
                 // First: that a RST followed may be in the ring by now.
-                take(&mut ring, &mut connections, Instant::now(), &mut events);
-                connections.poll(Instant::now(), &mut events);
+                take(&mut ring, &mut connections, Instant::now(), &mut outbox);
+                connections.poll(Instant::now(), &mut outbox.events);
             }
             _ = close_wait_check.tick(), if !full => {
                 if let Err(error) = kernel.look_for_close_wait() {
@@ -241,13 +237,13 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     };
 
     // What was written up to now still counts; nothing is added to it.
-    let reconciled = books.compare(&kernel, 20);
+    let reconciled = outbox.books.compare(&kernel, 20);
     kernel.detach();
     let now = Instant::now();
     // One of the programs may still be at work on another CPU: until all that they have counted is here.
     let mut attempts = 100;
     let rows = loop {
-        while take(&mut ring, &mut connections, now, &mut events) == BATCH {}
+        while take(&mut ring, &mut connections, now, &mut outbox) == BATCH {}
         let rows = match kernel.ledger() {
             Ok(rows) => rows,
             Err(error) => {
@@ -261,12 +257,11 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
         }
         std::thread::sleep(ledger::PAUSE);
     };
-    connections.finish(now, &mut events);
-    books.sift(&options.filter, &mut events);
-    losses.check(&kernel, &mut events)?;
-    books.sent(&events);
+    connections.finish(now, &mut outbox.events);
+    losses.check(&kernel, &mut outbox.events)?;
+    outbox.answer(None)?;
+    let Outbox { mut books, mut reporter, mut lines, .. } = outbox;
     let ledger = rows.map(|rows| books.close(&rows, &connections, reconciled));
-    reporter.take(&events, None, &mut lines)?;
     let ledger = reporter.finish(&moment(losses.missed, &sockstat, ledger), &mut lines)?;
     let complaint = match ledger {
         _ if !options.strict => None,
@@ -366,9 +361,12 @@ fn close_wait_period(after: Duration) -> Duration {
 }
 
 /// Moves a batch of records on; answers how many there were.
-fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, events: &mut Vec<Event>) -> usize {
+fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, outbox: &mut Outbox) -> usize {
     ring.drain(BATCH, |bytes| match decode(bytes) {
-        Ok(fact) => connections.fact(fact, now, events),
+        Ok(fact) => {
+            connections.fact(fact, now, &mut outbox.events);
+            outbox.pass();
+        }
         Err(error) => warn!("the kernel programs wrote something that is no record: {error}"),
     })
 }

@@ -29,11 +29,16 @@ fn columns(c: char) -> Option<usize> {
     c.width().filter(|width| *width > 0)
 }
 
+/// Whether all of it can be shown as it is, in a column each.
+pub(crate) fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
 /// Appends `text`, escaped, as far as it fits into `max` columns. Answers the columns used, at most `max`; what does
 /// not fit is replaced by `…`.
 pub(crate) fn fit(out: &mut String, text: &str, max: usize) -> usize {
     // Nearly all text is this, and it is most of the work for a line.
-    if text.len() <= max && text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+    if text.len() <= max && is_plain(text) {
         out.push_str(text);
         return text.len();
     }

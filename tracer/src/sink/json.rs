@@ -16,21 +16,22 @@ use serde::Serialize as _;
 use serde_json::ser::{Formatter, Serializer};
 
 use super::escape::is_hostile;
-use super::ipv4;
+use super::pieces::Pieces;
 use super::text::{cause_word, closed_by_word, fate_word, state_word};
 use crate::event::{
     Close, ClosedBy, Connection, Event, Family, FinalSource, How, Http, HttpVersion, Process, Protocol, Role, Source,
 };
+use crate::recent::Recent;
 
 /// Processes that are kept as they are written.
-const PROCESSES: usize = 8;
+const PROCESSES: usize = 4;
 
 /// Writes NDJSON.
 #[derive(Debug, Default)]
 pub struct Json {
-    line: Vec<u8>,
+    line: Line,
     second: Second,
-    processes: Box<[Written; PROCESSES]>,
+    processes: Recent<Written, PROCESSES>,
 }
 
 /// The second of the last line, up to its fraction: most lines share it with the one before.
@@ -42,7 +43,7 @@ struct Second {
 
 impl Second {
     /// What [`Timestamp`] displays.
-    fn put(&mut self, time: Timestamp, line: &mut Line<'_>) -> io::Result<()> {
+    fn put(&mut self, time: Timestamp, line: &mut Line) -> io::Result<()> {
         let (second, Ok(fraction)) = (time.as_second(), u32::try_from(time.subsec_nanosecond())) else {
             // Before 1970 both are negative.
             return write!(line.0, "{time}");
@@ -67,10 +68,10 @@ impl Second {
 }
 
 /// A process, and how it is written.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Written {
     /// Held: while it is, no other one has its address.
-    process: Option<Arc<Process>>,
+    process: Arc<Process>,
     json: Vec<u8>,
 }
 
@@ -80,21 +81,21 @@ impl Json {
     /// # Errors
     /// Those of `out`.
     pub fn event(&mut self, event: &Event, out: &mut dyn Write) -> io::Result<()> {
-        self.line.clear();
+        self.line.0.clear();
         match event {
             Event::Close(close) => self.close(close)?,
-            event => append(&mut self.line, event)?,
+            event => append(&mut self.line.0, event)?,
         }
-        out.write_all(&self.line)
+        out.write_all(self.line.0.whole())
     }
 
     /// What serde makes of [`Event::Close`].
     fn close(&mut self, close: &Close) -> io::Result<()> {
-        let mut line = Line(&mut self.line);
+        let line = &mut self.line;
         let Close { time, cookie, netns, family, local, remote, role, process, closed_by, closer, how, fate, .. } =
             close;
         line.raw(r#"{"type":"close","time":""#);
-        self.second.put(*time, &mut line)?;
+        self.second.put(*time, line)?;
         line.number(r#"","cookie":"#, *cookie);
         line.number(r#","netns":"#, *netns);
         line.raw(match family {
@@ -109,7 +110,7 @@ impl Json {
             Role::Client => r#"","role":"client","process":"#,
             Role::Unknown => r#"","role":"unknown","process":"#,
         });
-        process_of(&mut self.processes, &mut line, process.as_ref())?;
+        process_of(&mut self.processes, line, process.as_ref())?;
         line.word(
             r#","closed_by":""#,
             match closed_by {
@@ -118,7 +119,7 @@ impl Json {
             },
         );
         line.raw(r#","closer":"#);
-        process_of(&mut self.processes, &mut line, closer.as_ref())?;
+        process_of(&mut self.processes, line, closer.as_ref())?;
         line.optional_word(r#","how":"#, how.map(how_word));
         if let Some(fate) = fate {
             line.word(r#","final":""#, fate_word(*fate));
@@ -129,7 +130,8 @@ impl Json {
         line.raw(r#","states":["#);
         for (n, at) in close.states.iter().enumerate() {
             line.word(if n == 0 { r#"{"state":""# } else { r#",{"state":""# }, state_word(at.state));
-            line.number(r#","at_us":"#, at.at_us);
+            line.raw(if at.at_us < 0 { r#","at_us":-"# } else { r#","at_us":"# });
+            line.0.number(at.at_us.unsigned_abs());
             line.raw("}");
         }
         line.number(r#"],"duration_us":"#, close.duration_us);
@@ -150,23 +152,22 @@ impl Json {
 
 /// Appends a process as it is written, or `null`.
 fn process_of(
-    written: &mut [Written; PROCESSES],
-    line: &mut Line<'_>,
+    written: &mut Recent<Written, PROCESSES>,
+    line: &mut Line,
     process: Option<&Arc<Process>>,
 ) -> io::Result<()> {
     let Some(process) = process else {
         line.raw("null");
         return Ok(());
     };
-    let kept = &mut written[process.pid as usize % PROCESSES];
-    if !kept.process.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, process)) {
-        // Not kept if it cannot be written to its end.
-        kept.process = None;
-        kept.json.clear();
-        Line(&mut kept.json).process(process)?;
-        kept.process = Some(Arc::clone(process));
+    if let Some(kept) = written.find(|kept| Arc::ptr_eq(&kept.process, process)) {
+        line.0.bytes(&kept.json);
+        return Ok(());
     }
-    line.0.extend_from_slice(&kept.json);
+    let mut json = Line::default();
+    json.process(process)?;
+    line.0.bytes(json.0.whole());
+    written.keep(Written { process: Arc::clone(process), json: json.0.whole().to_vec() });
     Ok(())
 }
 
@@ -174,17 +175,17 @@ fn process_of(
 ///
 /// # Errors
 /// The value cannot be JSON.
-pub(crate) fn append(out: &mut Vec<u8>, value: &impl serde::Serialize) -> io::Result<()> {
-    value.serialize(&mut Serializer::with_formatter(&mut *out, Harmless))?;
-    out.push(b'\n');
-    Ok(())
+pub(crate) fn append(mut out: impl Write, value: &impl serde::Serialize) -> io::Result<()> {
+    value.serialize(&mut Serializer::with_formatter(&mut out, Harmless))?;
+    out.write_all(b"\n")
 }
 
 /// A line in the making. A `name` begins with the comma before it and ends where the value begins: with the colon, or with
 /// the quotation mark of what is always a word.
-struct Line<'a>(&'a mut Vec<u8>);
+#[derive(Debug, Default)]
+struct Line(Pieces);
 
-impl Line<'_> {
+impl Line {
     fn process(&mut self, process: &Process) -> io::Result<()> {
         let Process { pid, comm, exe, uid, cgroup, container, source } = process;
         self.number(r#"{"pid":"#, *pid);
@@ -243,7 +244,7 @@ impl Line<'_> {
     fn address(&mut self, address: SocketAddr) -> io::Result<()> {
         match address {
             SocketAddr::V4(address) => {
-                ipv4(*address.ip(), |part| self.raw(part));
+                self.0.ipv4(*address.ip());
                 self.number(":", address.port());
                 Ok(())
             }
@@ -253,16 +254,16 @@ impl Line<'_> {
 
     #[inline(always)]
     fn raw(&mut self, text: &str) {
-        self.0.extend_from_slice(text.as_bytes());
+        self.0.put(text);
     }
 
     #[inline(always)]
-    fn number(&mut self, name: &str, number: impl itoa::Integer) {
+    fn number(&mut self, name: &str, number: impl Into<u64>) {
         self.raw(name);
-        self.raw(itoa::Buffer::new().format(number));
+        self.0.number(number.into());
     }
 
-    fn optional_number(&mut self, name: &str, number: Option<impl itoa::Integer>) {
+    fn optional_number(&mut self, name: &str, number: Option<impl Into<u64>>) {
         match number {
             Some(number) => self.number(name, number),
             None => self.optional_word(name, None),
@@ -301,7 +302,7 @@ impl Line<'_> {
             }
             text => {
                 self.raw(name);
-                text.serialize(&mut Serializer::with_formatter(&mut *self.0, Harmless))?;
+                text.serialize(&mut Serializer::with_formatter(&mut self.0, Harmless))?;
                 Ok(())
             }
         }
@@ -546,9 +547,9 @@ mod tests {
             "1969-12-31T23:59:59.5Z",
             "1969-12-31T23:59:59Z",
         ] {
-            let mut line = Vec::new();
-            json.second.put(time.parse().expect("a time"), &mut Line(&mut line)).expect("memory");
-            assert_eq!(String::from_utf8_lossy(&line), time);
+            let mut line = Line::default();
+            json.second.put(time.parse().expect("a time"), &mut line).expect("memory");
+            assert_eq!(String::from_utf8_lossy(line.0.whole()), time);
         }
     }
 

@@ -6,11 +6,11 @@
 pub(crate) mod escape;
 pub mod html;
 pub mod json;
+mod pieces;
 pub mod summary;
 pub mod text;
 
 use std::io::{self, Write};
-use std::net::Ipv4Addr;
 
 use crate::event::Event;
 pub use html::Page;
@@ -46,16 +46,5 @@ impl Sink {
             Self::Text(text) => text.event(event, out),
             Self::Json(json) => json.event(event, out),
         }
-    }
-}
-
-/// An address piece by piece, as it is displayed: it is in each line twice, and what displays it can do much more, and costs it.
-#[inline]
-fn ipv4(ip: Ipv4Addr, mut put: impl FnMut(&str)) {
-    let [first, rest @ ..] = ip.octets();
-    put(itoa::Buffer::new().format(first));
-    for octet in rest {
-        put(".");
-        put(itoa::Buffer::new().format(octet));
     }
 }

@@ -12,13 +12,15 @@ mod quantiles;
 
 use std::cmp::Reverse;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 use indexmap::{Equivalent, IndexMap};
 use jiff::Timestamp;
 
-use crate::event::{Cause, Close, ClosedBy, Event, Final, Group, Ledger, Role, Summary};
+use crate::event::{Cause, Close, ClosedBy, Event, Final, Group, Ledger, Process, Role, Summary};
+use crate::recent::Recent;
 use crate::verdict;
 use advice::Seen;
 pub(super) use advice::{thousands, who};
@@ -29,6 +31,8 @@ use quantiles::{Quantiles, buckets};
 const COUNTED: usize = 2_048;
 /// Groups that are listed.
 const LISTED: usize = 1_000;
+/// Groups that can be found without a search.
+const RECENT: usize = 8;
 /// Process ids that a group remembers.
 const PIDS: usize = 8;
 /// Without `--every`: a summary is about the last one to two of these.
@@ -73,6 +77,8 @@ pub enum About {
 #[derive(Debug)]
 pub struct Summarizer {
     groups: IndexMap<Key, Windows<Box<Stats>>, RandomState>,
+    /// Processes, and the index of a group that they are of.
+    recent: Recent<(Arc<Process>, usize), RECENT>,
     total: Windows<Count>,
     close_wait: u64,
     pairs: Pairs,
@@ -155,11 +161,18 @@ impl<'a> KeyOf<'a> {
     }
 }
 
-impl Equivalent<Key> for KeyOf<'_> {
-    fn equivalent(&self, key: &Key) -> bool {
+impl KeyOf<'_> {
+    /// Whether all but the process is the same.
+    fn is_alike(&self, key: &Key) -> bool {
         let rest = |role, closed_by, cause, at_fault, peer, port| (role, closed_by, cause, at_fault, peer, port);
         rest(self.role, self.closed_by, self.cause, self.at_fault, self.peer, self.port)
             == rest(key.role, key.closed_by, key.cause, key.at_fault, key.peer, key.port)
+    }
+}
+
+impl Equivalent<Key> for KeyOf<'_> {
+    fn equivalent(&self, key: &Key) -> bool {
+        self.is_alike(key)
             && match (&self.process, &key.process) {
                 (Some(of), Some(program)) => of.comm == program.comm && of.cgroup == program.cgroup.as_deref(),
                 (None, None) => true,
@@ -355,6 +368,7 @@ impl Summarizer {
     pub fn new(began: Instant, every: bool, time_wait_max: Option<u64>) -> Self {
         Self {
             groups: IndexMap::default(),
+            recent: Recent::default(),
             total: Windows::default(),
             close_wait: 0,
             pairs: Pairs::default(),
@@ -385,7 +399,24 @@ impl Summarizer {
         let time_wait = left_time_wait(close);
         self.total.current.closes += 1;
         self.total.current.time_wait += u64::from(time_wait);
+        let group = self.group_of(close);
+        self.groups[group].current.close(close);
+        let end = End { group, time_wait };
+        if let Some(other) = self.pairs.other_end(close.netns, close.local, close.remote, end) {
+            self.pair(end, other);
+        }
+    }
+
+    /// The index of the group that a close belongs to.
+    fn group_of(&mut self, close: &Close) -> usize {
         let key = KeyOf::new(close);
+        let is_it = |process: &Arc<Process>, group| {
+            close.process.as_ref().is_some_and(|owner| Arc::ptr_eq(owner, process))
+                && self.groups.get_index(group).is_some_and(|(known, _)| key.is_alike(known))
+        };
+        if let Some((_, group)) = self.recent.find(|(process, group)| is_it(process, *group)) {
+            return *group;
+        }
         let group = match self.groups.get_index_of(&key) {
             Some(group) => group,
             None => {
@@ -395,11 +426,10 @@ impl Summarizer {
                 self.groups.insert_full(key.to_key(), Windows::default()).0
             }
         };
-        self.groups[group].current.close(close);
-        let end = End { group, time_wait };
-        if let Some(other) = self.pairs.other_end(close.netns, close.local, close.remote, end) {
-            self.pair(end, other);
+        if let Some(process) = &close.process {
+            self.recent.keep((Arc::clone(process), group));
         }
+        group
     }
 
     /// Both ends of one connection were counted. Advice counts it once: at the end that can change something, where the
@@ -457,7 +487,9 @@ impl Summarizer {
         for (key, windows) in given_up.into_iter().take(COUNTED / 4) {
             self.groups.entry(key).or_default().add(windows);
         }
+        // They have other indices now.
         self.pairs.clear();
+        self.recent = Recent::default();
     }
 
     /// Counts one socket that its process has not closed.

@@ -5,6 +5,7 @@
 
 mod summary;
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -13,8 +14,8 @@ use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use super::escape::fit;
-use super::ipv4;
+use super::escape::{fit, is_plain};
+use super::pieces::Pieces;
 use crate::event::{
     Cause, Close, ClosedBy, Connection, Event, Final, FinalSource, Http, Lost, Process, Role, State, TcpState,
 };
@@ -67,17 +68,17 @@ struct Clock {
 
 impl Text {
     /// Text with times of `zone`; `styled`: with the escape sequences of a terminal.
-    pub const fn new(zone: TimeZone, styled: bool) -> Self {
+    pub fn new(zone: TimeZone, styled: bool) -> Self {
         Self {
             zone,
             clock: Clock { second: None, text: String::new() },
-            line: Line { text: String::new(), column: 0, styled },
+            line: Line { text: Pieces::new(), column: 0, styled },
         }
     }
 
     /// The line with the names of the columns.
-    pub fn header(&self) -> String {
-        let mut line = Line { text: String::new(), column: 0, styled: self.line.styled };
+    pub fn header(&self) -> Vec<u8> {
+        let mut line = Line { text: Pieces::new(), column: 0, styled: self.line.styled };
         line.style(HEADER, |line| {
             line.put("TIME");
             for (at, name) in [
@@ -91,8 +92,8 @@ impl Text {
                 line.put(name);
             }
         });
-        line.text.push('\n');
-        line.text
+        line.end();
+        line.text.whole().to_vec()
     }
 
     /// Prints one event, in one write. `start` is the header: what it says beyond is no line of a connection.
@@ -103,7 +104,7 @@ impl Text {
         self.line.text.clear();
         self.line.column = 0;
         match event {
-            Event::Start(_) => self.line.text.push_str(&self.header()),
+            Event::Start(_) => self.line.text.bytes(&self.header()),
             Event::Close(close) => self.close(close),
             Event::CloseWait(open) => self.close_wait(open),
             Event::State(state) => self.state(state),
@@ -111,20 +112,22 @@ impl Text {
             Event::Summary(summary) => self.summary(summary),
             Event::Alert(alert) => self.alert(alert),
         }
-        out.write_all(self.line.text.as_bytes())
+        out.write_all(self.line.text.whole())
     }
 
     fn close(&mut self, close: &Close) {
         self.time(close.time);
         let line = &mut self.line;
         line.begin(close.process.as_deref(), close.role, close.local, close.remote);
-        line.put(closed_by_word(close.closed_by));
+        line.word(closed_by_word(close.closed_by));
         line.stop(column::FINAL);
         let fate = close.fate.unwrap_or(Final::Unknown);
         let inferred = close.fate_source == Some(FinalSource::Inferred) && fate != Final::Unknown;
         line.style(fate_style(fate), |line| {
-            line.put(fate_word(fate));
-            line.put(if inferred { "?" } else { "" });
+            line.word(fate_word(fate));
+            if inferred {
+                line.word("?");
+            }
         });
         line.stop(column::WHY);
         // Who made the close must not be lost behind why.
@@ -132,11 +135,12 @@ impl Text {
         let closer = close.closer.as_ref().filter(|_| room >= CLOSER_MIN);
         let room = if closer.is_some() { room - CLOSER_WIDTH } else { room };
         match verdict::advice(close) {
+            Some(Cow::Borrowed(advice)) if advice.len() <= room => line.style(ADVICE, |line| line.word(advice)),
             Some(advice) => line.style(ADVICE, |line| line.put_within(&advice, room)),
-            None => line.put(cause_word(close.cause)),
+            None => line.word(cause_word(close.cause)),
         }
         if let Some(closer) = closer {
-            line.put(CLOSER);
+            line.word(CLOSER);
             line.process(closer);
         }
         if let Some(http) = &close.http
@@ -151,9 +155,9 @@ impl Text {
         self.time(open.time);
         let line = &mut self.line;
         line.begin(open.process.as_deref(), open.role, open.local, open.remote);
-        line.put(closed_by_word(open.closed_by));
+        line.word(closed_by_word(open.closed_by));
         line.stop(column::FINAL);
-        line.style(ALARM, |line| line.put("close_wait"));
+        line.style(ALARM, |line| line.word("close_wait"));
         line.stop(column::WHY);
         let since_us = open.states.last().map_or(0, |last| last.at_us.try_into().unwrap_or(0));
         let waited = elapsed(open.duration_us.saturating_sub(since_us));
@@ -219,7 +223,7 @@ impl Text {
 /// A line in the making. Nothing gets into it unescaped, nor behind column [`WIDTH`].
 #[derive(Debug)]
 struct Line {
-    text: String,
+    text: Pieces,
     column: usize,
     styled: bool,
 }
@@ -231,18 +235,38 @@ impl Line {
     }
 
     fn put_within(&mut self, text: &str, max: usize) {
-        self.column += fit(&mut self.text, text, max.min(WIDTH - self.column));
+        let max = max.min(WIDTH - self.column);
+        if text.len() <= max && is_plain(text) {
+            self.text.put(text);
+            self.column += text.len();
+            return;
+        }
+        let mut fitted = String::new();
+        self.column += fit(&mut fitted, text, max);
+        self.text.put(&fitted);
+    }
+
+    /// Appends one of our own words, which needs no escaping.
+    #[inline(always)]
+    fn word(&mut self, word: &'static str) {
+        if word.len() <= WIDTH - self.column {
+            self.text.put(word);
+            self.column += word.len();
+        } else {
+            self.put(word);
+        }
     }
 
     /// Spaces up to a column, at least one.
     fn stop(&mut self, column: usize) {
-        const SPACES: &str = match std::str::from_utf8(&[b' '; WIDTH]) {
-            Ok(spaces) => spaces,
-            Err(_) => "",
-        };
         let spaces = column.saturating_sub(self.column).max(1).min(WIDTH - self.column);
-        self.text.push_str(SPACES.get(..spaces).unwrap_or(SPACES));
         self.column += spaces;
+        let mut left = spaces;
+        while left > 0 {
+            let some = left.min(Pieces::SPACES);
+            self.text.spaces(some);
+            left -= some;
+        }
     }
 
     fn style(&mut self, style: Style, put: impl FnOnce(&mut Self)) {
@@ -255,7 +279,7 @@ impl Line {
     }
 
     fn end(&mut self) {
-        self.text.push('\n');
+        self.text.put("\n");
         self.column = 0;
     }
 
@@ -268,31 +292,32 @@ impl Line {
         }
         self.stop(column::SOCKET);
         // Numbers and addresses only: they fit, and need no escaping.
-        let start = self.text.len();
-        self.text.push(':');
-        self.text.push_str(itoa::Buffer::new().format(local.port()));
-        self.text.push_str(match role {
+        self.text.put(":");
+        let local = self.text.number(local.port().into());
+        self.text.put(match role {
             Role::Server => " < ",
             Role::Client => " > ",
             Role::Unknown => " - ",
         });
-        match remote.ip() {
-            IpAddr::V4(ip) => ipv4(ip, |part| self.text.push_str(part)),
+        let ip = match remote.ip() {
+            IpAddr::V4(ip) => self.text.ipv4(ip),
             IpAddr::V6(ip) => {
-                // Writing to a string does not fail.
-                let _ = write!(self.text, "[{ip}]");
+                let ip = format!("[{ip}]");
+                self.text.put(&ip);
+                ip.len()
             }
-        }
-        self.text.push(':');
-        self.text.push_str(itoa::Buffer::new().format(remote.port()));
-        self.column += self.text.len() - start;
+        };
+        self.text.put(":");
+        let remote = self.text.number(remote.port().into());
+        self.column += 1 + local + 3 + ip + 1 + remote;
         self.stop(column::CLOSED);
     }
 
     fn process(&mut self, process: &Process) {
         let begin = self.column;
-        self.put(itoa::Buffer::new().format(process.pid));
-        self.put("/");
+        let mut pid = itoa::Buffer::new();
+        self.put(pid.format(process.pid));
+        self.word("/");
         self.put_within(&process.comm, (begin + PROCESS_WIDTH).saturating_sub(self.column));
     }
 
@@ -305,21 +330,26 @@ impl Line {
         }
         let mut status_text = itoa::Buffer::new();
         let status = http.status.map_or("-", |status| status_text.format(status));
-        self.put(" (");
+        self.word(" (");
         let last = WIDTH - (status.len() + 2);
         self.put_within(method, last - self.column);
         self.put_within(" ", last - self.column);
         // One column for the mark of a target that the record itself has cut.
         let mark = usize::from(http.target_truncated);
         let max = (last - self.column).saturating_sub(mark);
-        let before = self.text.len();
-        self.put_within(target, max);
-        if http.target_truncated && !self.text[before..].ends_with('…') {
-            self.put_within("…", last - self.column);
+        if http.target_truncated {
+            let mut shown = String::new();
+            self.column += fit(&mut shown, target, max.min(WIDTH - self.column));
+            self.text.put(&shown);
+            if !shown.ends_with('…') {
+                self.put_within("…", last - self.column);
+            }
+        } else {
+            self.put_within(target, max);
         }
-        self.put(" ");
+        self.word(" ");
         self.put(status);
-        self.put(")");
+        self.word(")");
     }
 }
 
