@@ -1872,8 +1872,10 @@ fn start_line(http: &mut Http, direction: usize, here: &Place, byte: u8) -> u32 
         }
         _ => {
             if byte <= 4 {
-                // The other end may not know TLS, and answer in HTTP.
-                http.exchange.protocol = protocol::TLS;
+                // The other end may not know TLS, and answer in HTTP, or have done so.
+                if http.exchange.protocol <= protocol::UNDECIDED {
+                    http.exchange.protocol = protocol::TLS;
+                }
                 lose_direction(http, direction);
             } else {
                 not_http(http, direction);
