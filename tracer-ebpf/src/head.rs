@@ -757,11 +757,14 @@ pub fn pass(http: &mut Http, direction: usize, window: &mut Window, bytes: u32) 
 /// be asked while another CPU scans the direction.
 #[inline(always)]
 pub fn is_inside_body<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
+    // What was put aside, `enter` passes over.
+    let no_aside = D == EGRESS || http.aside_at == http.aside_end;
     let s = stream(http, D);
     let ahead = seq.wrapping_sub(s.next);
     // As it is not noted, it must not grow so far that the difference wraps.
     (s.phase == phase::BODY || s.phase == phase::CHUNK_DATA)
         && s.busy == 0
+        && no_aside
         && ahead < 1 << 30
         && s.length > u64::from(ahead) + u64::from(len)
 }
@@ -834,8 +837,8 @@ extern "C" fn head_usual(http: *mut Http, window: *mut Window, direction: u32) -
     }
 }
 
-/// A start line at the beginning of the window, if it is whole and like most are: whether it was read. If not, nothing has
-/// happened.
+/// A start line at the beginning of the window, if it is whole and like most are: whether it was read. If not, only a part of
+/// the target may have been written, which [`begin_request`] clears.
 #[inline(always)]
 fn glance(http: &mut Http, direction: usize, window: &mut Window) -> bool {
     let s = stream(http, direction);
@@ -891,12 +894,17 @@ fn glance(http: &mut Http, direction: usize, window: &mut Window) -> bool {
                 if !full {
                     hit |= equal(word, b'?') | equal(word, b'#');
                 }
+                let mut n = 8;
                 if hit != 0 {
                     // Exact up to the first match of each kind, hence up to the first of all.
-                    let n = first(hit);
+                    n = first(hit);
                     len = $i * 8 + n;
                     end = (word >> bits(n)) as u8;
                     word &= (1u64 << bits(n)).wrapping_sub(1);
+                }
+                if method + 1 + $i * 8 + n > left {
+                    // Behind the end may be anything: not even for a moment.
+                    return false;
                 }
                 write_changed(kept.add($i), word);
                 if hit != 0 {
