@@ -72,7 +72,7 @@ fn receive(http: &mut Http, seq: u32, bytes: &[u8], next: u32) {
 }
 
 /// [`receive`], or what is sent likewise.
-fn arrive(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], next: u32) {
+pub fn arrive(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], next: u32) {
     if direction == INGRESS {
         receive(http, seq, bytes, next);
     } else if !head::is_done::<EGRESS>(http, seq) && !head::is_inside_body::<EGRESS>(http, seq, bytes.len() as u32) {
