@@ -124,7 +124,7 @@ pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
         // By their names: what is only part of another one's name would bring that, too.
         let arguments = kernel.lacks.is_none().then(|| format!("--exact {}", wanted.join(" ")));
         let payload = Payload { tracer: tracer.clone(), tests: tests.clone(), go: go.clone(), arguments };
-        let limit = Duration::from_secs(if quick { 900 } else { 3600 });
+        let limit = Duration::from_secs(if quick { 900 } else { 7200 });
         let boot = |n| guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit, n);
         let mut report = boot(1)?;
         for n in 2..=BOOTS {
