@@ -12,7 +12,7 @@ fn main() {
 
 /// What the kernel's driver does with each segment.
 fn segment(http: &mut Http, seq: u32, bytes: &[u8]) {
-    let Some(at) = head::enter::<INGRESS>(http, seq, bytes.len() as u32) else { return };
+    let Some(at) = head::enter(http, INGRESS, seq, bytes.len() as u32) else { return };
     let mut window = Window::EMPTY;
     head::begin(&mut window, at, bytes.len() as u32);
     let mut finished = false;
@@ -34,7 +34,7 @@ fn segment(http: &mut Http, seq: u32, bytes: &[u8]) {
             break;
         }
     }
-    head::leave::<INGRESS>(http, finished);
+    head::leave(http, INGRESS, finished);
 }
 
 /// One head on a new connection, cut into segments of this size.

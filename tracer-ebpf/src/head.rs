@@ -66,12 +66,8 @@ pub mod bit {
     pub const REQUESTS_IN: u16 = 1 << 8;
     /// Requests leave this socket: it is the client's.
     pub const REQUESTS_OUT: u16 = 1 << 9;
-    /// A request's start line was seen whole (`method`, `target`, `request_version` are set).
-    pub const HAS_REQUEST: u16 = 1 << 10;
-    /// The status line of a response to the last request was seen whole (`status`, `response_version` are set).
-    pub const HAS_RESPONSE: u16 = 1 << 11;
     /// The last request announced a body that has not ended, or whose end cannot be told.
-    pub const REQUEST_INCOMPLETE: u16 = 1 << 12;
+    pub const REQUEST_INCOMPLETE: u16 = 1 << 10;
 }
 
 /// The last exchange on a connection, with counts for all of it.
@@ -95,9 +91,9 @@ pub struct Exchange {
     pub request_connection: u8,
     /// [`token`]s of the last final response.
     pub response_connection: u8,
-    /// 10 or 11; 0: unknown.
+    /// 10 or 11; 0: the start line of the last request was not seen whole, `method` and `target` are not set.
     pub request_version: u8,
-    /// 10 or 11; 0: unknown.
+    /// 10 or 11; 0: no status line of a response to the last request was seen whole, `status` is not set.
     pub response_version: u8,
     /// One of [`protocol`].
     pub protocol: u8,
@@ -151,8 +147,8 @@ const LAST_POSITION: u32 = (WINDOW - REACH - 1) as u32;
 
 /// Longest head that is followed (RFC 9112 names no limit; common servers stop at 8 to 64 KiB).
 pub const MAX_HEAD: u32 = 64 * 1024;
-/// Steps that one segment may take. A line takes one for each 64 bytes, so only a hostile segment comes near; its
-/// direction is then lost.
+/// Steps that one segment may take. One takes in up to 24 usual lines, and of any other at least a byte, or else the next one does: so
+/// only a hostile segment comes near. Its direction is then lost.
 pub const MAX_STEPS: u32 = 16 * 1024;
 /// Requests that may be outstanding, as many as `Http::heads` has bits.
 const MAX_OUTSTANDING: u32 = 64;
@@ -401,12 +397,12 @@ pub fn role(http: &mut Http, role: u8) {
 
 /// Says where the payload of a direction begins. Without it, it begins with the first segment seen.
 #[inline(always)]
-pub fn sync<const D: usize>(http: &mut Http, next: u32) {
-    let s = stream(http, D);
+pub fn sync(http: &mut Http, direction: usize, next: u32) {
+    let s = stream(http, direction);
     if s.marks & mark::SYNCED == 0 {
         s.marks |= mark::SYNCED;
         s.next = next;
-        if D == INGRESS {
+        if direction == INGRESS {
             http.looked = next;
         }
     }
@@ -428,15 +424,18 @@ pub fn mid_stream(http: &mut Http) {
 
 /// Gives a direction up: something of it was missed.
 #[inline(always)]
-pub fn lose<const D: usize>(http: &mut Http) {
-    lose_direction(http, D);
+pub fn lose(http: &mut Http, direction: usize) {
+    let s = stream(http, direction);
+    s.phase = phase::LOST;
+    let kind = s.kind;
+    tell_lost(http, kind);
 }
 
 /// [`lose`] for a program that finds `busy` held by another CPU: the verdict says so at once, the scan stops soon.
 #[inline(always)]
-pub fn miss<const D: usize>(http: &mut Http) {
-    stream(http, D).missed = 1;
-    let kind = stream(http, D).kind;
+pub fn miss(http: &mut Http, direction: usize) {
+    stream(http, direction).missed = 1;
+    let kind = stream(http, direction).kind;
     tell_lost(http, kind);
 }
 
@@ -505,10 +504,10 @@ pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
         out_lost |= unseen(stream(http, EGRESS), acknowledged);
     }
     if in_lost && stream(http, INGRESS).phase < phase::UNTIL_CLOSE {
-        lose_direction(http, INGRESS);
+        lose(http, INGRESS);
     }
     if out_lost && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
-        lose_direction(http, EGRESS);
+        lose(http, EGRESS);
     }
 }
 
@@ -549,13 +548,14 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
         http.stopped = 0;
         http.exchange.protocol = protocol::UNDECIDED;
         // What the other direction had begun was forgotten, and what it sent meanwhile not looked at.
-        lose_direction(http, EGRESS);
+        lose(http, EGRESS);
     }
-    lose_direction(http, INGRESS);
+    lose(http, INGRESS);
     // What was seen before stays known otherwise. This may be what was dropped.
     if stream(http, INGRESS).kind == kind::RESPONSES {
         http.exchange.response_connection = 0;
-        clear(http, bit::HAS_RESPONSE | bit::HAS_TIMEOUT | bit::HAS_MAX);
+        http.exchange.response_version = 0;
+        clear(http, bit::HAS_TIMEOUT | bit::HAS_MAX);
     } else if stream(http, INGRESS).kind == kind::REQUESTS {
         forget(http);
     }
@@ -565,28 +565,28 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
 /// no HTTP/1.x, and it does not repeat what was looked at. May be asked while another CPU scans the direction: it does not
 /// come back from there, but for [`again`] and within a step (then what is passed over here is a gap).
 #[inline(always)]
-pub fn is_done<const D: usize>(http: &mut Http, seq: u32) -> bool {
-    let done = http.stopped != 0 || stream(http, D).phase >= phase::UNTIL_CLOSE;
-    done && !(D == INGRESS && repeats(http, seq))
+pub fn is_done(http: &mut Http, direction: usize, seq: u32) -> bool {
+    let done = http.stopped != 0 || stream(http, direction).phase >= phase::UNTIL_CLOSE;
+    done && !(direction == INGRESS && repeats(http, seq))
 }
 
 /// Takes a segment: sequence number and number of its payload bytes. Whether they must be looked at: then [`step`] is
 /// to be called until it returns false, at most [`MAX_STEPS`] times, with a window filled whenever [`refill`] says so;
 /// then [`leave`].
 #[inline(always)]
-pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> Option<u32> {
+pub fn enter(http: &mut Http, direction: usize, seq: u32, len: u32) -> Option<u32> {
     if http.stopped != 0 || len == 0 {
         return None;
     }
-    if D == INGRESS && http.aside_at != http.aside_end {
+    if direction == INGRESS && http.aside_at != http.aside_end {
         pass_aside(http);
     }
-    let s = stream(http, D);
+    let s = stream(http, direction);
     if s.phase >= phase::UNTIL_CLOSE {
         return None;
     }
     if s.missed != 0 {
-        lose_direction(http, D);
+        lose(http, direction);
         return None;
     }
     if s.marks & mark::SYNCED == 0 || s.phase == phase::HUNT {
@@ -601,11 +601,11 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> Option<u32>
     if http.exchange.protocol == protocol::NONE {
         http.exchange.protocol = protocol::UNDECIDED;
     }
-    if D == EGRESS && http.aside_at != http.aside_end && aside_is_unknown(http) {
+    if direction == EGRESS && http.aside_at != http.aside_end && aside_is_unknown(http) {
         // Whoever sends this may have read what was put aside, and be answering it.
-        miss::<INGRESS>(http);
+        miss(http, INGRESS);
     }
-    let s = stream(http, D);
+    let s = stream(http, direction);
     let mut at = 0;
     if ahead <= 0 {
         at = ahead.unsigned_abs();
@@ -616,22 +616,22 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> Option<u32>
             s.length -= fresh as u64;
             s.next = s.next.wrapping_add(fresh as u32);
             if s.length == 0 {
-                end_data(http, D);
+                end_data(http, direction);
             }
             return None;
         }
         if ahead > 0 {
             if s.length < ahead as u64 {
-                early::<D>(http, seq, len);
+                early(http, direction, seq, len);
                 return None;
             }
             s.length -= ahead as u64;
         }
     } else if s.phase >= phase::UNFRAMED {
-        lose_direction(http, D);
+        lose(http, direction);
         return None;
     } else if ahead > 0 {
-        early::<D>(http, seq, len);
+        early(http, direction, seq, len);
         return None;
     }
     s.next = seq.wrapping_add(len);
@@ -640,22 +640,22 @@ pub fn enter<const D: usize>(http: &mut Http, seq: u32, len: u32) -> Option<u32>
 
 /// A segment that comes before others. What this end sends is seen in order.
 #[inline(always)]
-fn early<const D: usize>(http: &mut Http, seq: u32, len: u32) {
-    if D == INGRESS {
+fn early(http: &mut Http, direction: usize, seq: u32, len: u32) {
+    if direction == INGRESS {
         set_aside(http, seq, len);
     } else {
-        lose_direction(http, D);
+        lose(http, direction);
     }
 }
 
 /// Ends what [`enter`] began: `finished` is false if there were not enough steps, or a window could not be filled.
 #[inline(always)]
-pub fn leave<const D: usize>(http: &mut Http, finished: bool) {
-    if D == INGRESS {
-        http.looked = stream(http, D).next;
+pub fn leave(http: &mut Http, direction: usize, finished: bool) {
+    if direction == INGRESS {
+        http.looked = stream(http, direction).next;
     }
-    if !finished || stream(http, D).missed != 0 {
-        lose_direction(http, D);
+    if !finished || stream(http, direction).missed != 0 {
+        lose(http, direction);
     }
 }
 
@@ -756,10 +756,10 @@ pub fn pass(http: &mut Http, direction: usize, window: &mut Window, bytes: u32) 
 /// Whether a segment lies within a body, and does not end it: nothing that it holds can change anything. As [`is_done`], it may
 /// be asked while another CPU scans the direction.
 #[inline(always)]
-pub fn is_inside_body<const D: usize>(http: &mut Http, seq: u32, len: u32) -> bool {
+pub fn is_inside_body(http: &mut Http, direction: usize, seq: u32, len: u32) -> bool {
     // What was put aside, `enter` passes over.
-    let no_aside = D == EGRESS || http.aside_at == http.aside_end;
-    let s = stream(http, D);
+    let no_aside = direction == EGRESS || http.aside_at == http.aside_end;
+    let s = stream(http, direction);
     let ahead = seq.wrapping_sub(s.next);
     // As it is not noted, it must not grow so far that the difference wraps.
     (s.phase == phase::BODY || s.phase == phase::CHUNK_DATA)
@@ -947,7 +947,7 @@ fn glance(http: &mut Http, direction: usize, window: &mut Window) -> bool {
         }
         begin_head(stream(http, direction));
         http.begun = http.begun.wrapping_add(1);
-        forget_all_but_target(http, OF_ONE & !bit::HAS_REQUEST);
+        forget_all_but_target(http);
         end_method(http, direction, word & (u64::MAX >> bits(8 - method)), 0, method as u8);
         http.exchange.target_len = len as u8;
         stream(http, direction).version = 10 + (word_of_version >> 56 & 1) as u8;
@@ -1513,14 +1513,6 @@ fn decide(http: &mut Http, direction: usize, kind: u8) {
     }
 }
 
-#[inline(always)]
-fn lose_direction(http: &mut Http, direction: usize) {
-    let s = stream(http, direction);
-    s.phase = phase::LOST;
-    let kind = s.kind;
-    tell_lost(http, kind);
-}
-
 /// Takes back what is not known if a part of a direction was not seen.
 #[inline(always)]
 fn tell_lost(http: &mut Http, kind: u8) {
@@ -1581,23 +1573,18 @@ fn reject(http: &mut Http, direction: usize) {
             http.begun = 0;
             http.named = 0;
             http.connect = 0;
-            lose_direction(http, direction);
+            lose(http, direction);
         } else {
             let tls = http.exchange.protocol == protocol::TLS;
             stop(http, if tls { protocol::TLS } else { protocol::OTHER });
         }
     } else {
-        lose_direction(http, direction);
+        lose(http, direction);
     }
 }
 
 /// What is said of one exchange, rather than of the connection.
-const OF_ONE: u16 = bit::HAS_REQUEST
-    | bit::HAS_RESPONSE
-    | bit::TARGET_TRUNCATED
-    | bit::HAS_TIMEOUT
-    | bit::HAS_MAX
-    | bit::REQUEST_INCOMPLETE;
+const OF_ONE: u16 = bit::TARGET_TRUNCATED | bit::HAS_TIMEOUT | bit::HAS_MAX | bit::REQUEST_INCOMPLETE;
 
 /// Clears the last exchange. Not inlined, for the size of the programs.
 #[inline(never)]
@@ -1613,12 +1600,12 @@ fn forget(http: &mut Http) {
         (&raw mut http.exchange.method_len).write_volatile(0);
         (&raw mut http.exchange.target_len).write_volatile(0);
     }
-    forget_all_but_target(http, OF_ONE);
+    forget_all_but_target(http);
 }
 
-/// The rest of [`forget`], where a request line is there already: `bits` are no longer so.
+/// The rest of [`forget`], where a request line is there already.
 #[inline(always)]
-fn forget_all_but_target(http: &mut Http, bits: u16) {
+fn forget_all_but_target(http: &mut Http) {
     let e = &mut http.exchange;
     e.keep_alive_timeout_s = 0;
     e.keep_alive_max = 0;
@@ -1630,7 +1617,7 @@ fn forget_all_but_target(http: &mut Http, bits: u16) {
         (&raw mut e.request_version).write_volatile(0);
         (&raw mut e.response_version).write_volatile(0);
     }
-    clear(http, bits);
+    clear(http, OF_ONE);
 }
 
 /// Clears the words of the target behind the one with this number.
@@ -1719,7 +1706,7 @@ fn end_method(http: &mut Http, direction: usize, word: u64, more: u64, len: u8) 
     http.connect = u8::from(word == word_of(b"CONNECT"));
     http.named = http.begun;
     if http.begun.wrapping_sub(http.answered) > MAX_OUTSTANDING {
-        lose_direction(http, 1 - direction);
+        lose(http, 1 - direction);
     }
     let s = stream(http, direction);
     s.phase = phase::TARGET;
@@ -1736,7 +1723,7 @@ fn end_request_line(http: &mut Http, direction: usize) {
     http.exchange.request_version = s.version;
     http.exchange.protocol = protocol::HTTP1;
     let side = if direction == INGRESS { bit::REQUESTS_IN } else { bit::REQUESTS_OUT };
-    set(http, bit::HAS_REQUEST | side);
+    set(http, side);
 }
 
 /// Whether the response in progress is a final one, to the last request.
@@ -1753,7 +1740,7 @@ fn end_status_line(http: &mut Http, direction: usize) {
     s.marks &= !mark::PROVISIONAL;
     let (status, version) = (s.status, s.version);
     http.exchange.protocol = protocol::HTTP1;
-    let mut bits = if direction == INGRESS { bit::REQUESTS_OUT } else { bit::REQUESTS_IN };
+    let side = if direction == INGRESS { bit::REQUESTS_OUT } else { bit::REQUESTS_IN };
     if answers(http, status) {
         let e = &mut http.exchange;
         e.status = status;
@@ -1762,9 +1749,8 @@ fn end_status_line(http: &mut Http, direction: usize) {
         e.keep_alive_timeout_s = 0;
         e.keep_alive_max = 0;
         clear(http, bit::HAS_TIMEOUT | bit::HAS_MAX);
-        bits |= bit::HAS_RESPONSE;
     }
-    set(http, bits);
+    set(http, side);
 }
 
 /// Bytes of the method that `word` begins with, if it is one of the common ones and followed by SP; else 0.
@@ -1884,7 +1870,7 @@ fn start_line(http: &mut Http, direction: usize, here: &Place, byte: u8) -> u32 
                 if http.exchange.protocol <= protocol::UNDECIDED {
                     http.exchange.protocol = protocol::TLS;
                 }
-                lose_direction(http, direction);
+                lose(http, direction);
             } else {
                 not_http(http, direction);
             }

@@ -326,6 +326,10 @@ wire! {
         pub full_target: u32,
         /// Inode number of tracer's own network namespace; 0: not known.
         pub netns: u32,
+        /// Not 0: this kernel's verifier accepts no read of a stack that was not written before.
+        pub clear_stack: u32,
+        #[doc(hidden)]
+        pub _pad: u32,
     }
 }
 

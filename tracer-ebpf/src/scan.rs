@@ -29,36 +29,36 @@ struct Context {
     finished: u64,
 }
 
-/// Scans `len` bytes of payload that begin at `payload_at` of the packet and at `seq` of the stream, in direction `D`.
+/// Scans `len` bytes of payload that begin at `payload_at` of the packet and at `seq` of the stream.
 ///
 /// # Safety
 /// `skb` is the context of the running program and `http` its socket's state, in map memory.
 #[inline(always)]
-pub(crate) unsafe fn scan<const D: usize>(skb: *mut __sk_buff, payload_at: u32, seq: u32, len: u32, http: *mut Http) {
+pub(crate) unsafe fn scan(skb: *mut __sk_buff, direction: usize, payload_at: u32, seq: u32, len: u32, http: *mut Http) {
     // SAFETY: valid as the caller says. The other direction may be scanned on another CPU at the same time: each writes
     // its own stream, and what the two share is written in the way that `Http` describes.
     let state = unsafe { &mut *http };
-    if head::is_done::<D>(state, seq) || head::is_inside_body::<D>(state, seq, len) {
+    if head::is_done(state, direction, seq) || head::is_inside_body(state, direction, seq, len) {
         return;
     }
-    let busy = &raw mut state.streams[D].busy;
+    let busy = &raw mut state.streams[direction & 1].busy;
     // Sending is serialised by the socket's lock, receiving is not.
     // SAFETY: an aligned word of `state`.
-    if D == head::INGRESS && unsafe { exchange(busy, 1) } != 0 {
-        head::miss::<D>(state);
+    if direction == head::INGRESS && unsafe { exchange(busy, 1) } != 0 {
+        head::miss(state, direction);
         return;
     }
-    if D == head::INGRESS && head::repeats(state, seq) {
+    if direction == head::INGRESS && head::repeats(state, seq) {
         // SAFETY: as the caller says.
         if let Some(next) = unsafe { rcv_nxt(skb) } {
             head::again(state, seq, len, next);
         }
     }
-    if let Some(at) = head::enter::<D>(state, seq, len) {
+    if let Some(at) = head::enter(state, direction, seq, len) {
         // SAFETY: as the caller says.
-        unsafe { run::<D>(skb, payload_at, at, len, state) };
+        unsafe { run(skb, direction, payload_at, at, len, state) };
     }
-    if D == head::INGRESS {
+    if direction == head::INGRESS {
         // SAFETY: an aligned word of `state`. An exchange orders it behind everything that was written before.
         unsafe { exchange(busy, 0) };
     }
@@ -100,25 +100,28 @@ pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
 /// # Safety
 /// As for [`scan`]; the caller has what [`head::enter`] answered.
 #[inline(always)]
-unsafe fn run<const D: usize>(skb: *mut __sk_buff, payload_at: u32, at: u32, len: u32, http: &mut Http) {
+unsafe fn run(skb: *mut __sk_buff, direction: usize, payload_at: u32, at: u32, len: u32, http: &mut Http) {
     let mut context = core::mem::MaybeUninit::<Context>::uninit();
     let context = context.as_mut_ptr();
-    // SAFETY: every field of `context` is written before it is read. Volatile words: an array copy becomes a loop.
+    // SAFETY: every field of `context` is written before it is read, but for words of the window: of those the scanner looks at
+    // none behind what was filled, and takes any value for one. Volatile words: an array copy becomes a loop.
     unsafe {
         (*context).skb = skb;
         (*context).http = http;
         (*context).payload_at = payload_at;
-        (*context).direction = D as u32;
+        (*context).direction = direction as u32;
         (*context).finished = 0;
         let window = &raw mut (*context).window;
-        clear_words::<{ head::WINDOW / 8 }>((&raw mut (*window).words).cast::<u64>());
+        if sock::config_clear_stack() {
+            clear_words::<{ head::WINDOW / 8 }>((&raw mut (*window).words).cast::<u64>());
+        }
         head::begin(&mut *window, at, len);
         // Most segments need but one turn. It is cheaper outside of the loop.
         if turn(context) == 0 {
             bpf_loop(head::MAX_STEPS, step as *mut c_void, context.cast(), 0);
         }
         let finished = (&raw const (*context).finished).read_volatile() != 0;
-        head::leave::<D>(http, finished);
+        head::leave(http, direction, finished);
     }
 }
 

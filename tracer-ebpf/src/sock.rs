@@ -19,8 +19,16 @@ pub(crate) static OFFSETS: Offsets = {
 
 /// See [`Config`]; overridden before the load.
 #[unsafe(no_mangle)]
-static CONFIG: Config =
-    Config { close_wait_ns: 0, min_duration_ns: 0, filters: 0, states: 0, full_target: 0, netns: 0 };
+static CONFIG: Config = Config {
+    close_wait_ns: 0,
+    min_duration_ns: 0,
+    filters: 0,
+    states: 0,
+    full_target: 0,
+    netns: 0,
+    clear_stack: 1,
+    _pad: 0,
+};
 
 /// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
 #[inline(always)]
@@ -59,6 +67,12 @@ pub(crate) fn config_states() -> bool {
 #[inline(always)]
 pub(crate) fn config_full_target() -> bool {
     frozen(&CONFIG.full_target) != 0
+}
+
+/// Whether the stack must be written before it is read, or partly filled by a helper.
+#[inline(always)]
+pub(crate) fn config_clear_stack() -> bool {
+    frozen(&CONFIG.clear_stack) != 0
 }
 
 /// How long a socket may be in CLOSE_WAIT before it is reported, nanoseconds.

@@ -37,11 +37,7 @@ fn packets(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
     // SAFETY: the context of a `cgroup_skb` program.
     unsafe {
-        if (*skb).ingress_ifindex != 0 {
-            packet::<INGRESS>(skb);
-        } else {
-            packet::<EGRESS>(skb);
-        }
+        packet(skb, if (*skb).ingress_ifindex != 0 { INGRESS } else { EGRESS });
     }
     PASS
 }
@@ -181,24 +177,24 @@ unsafe fn behind_extensions(skb: *mut __sk_buff) -> Option<Segment> {
 /// # Safety
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
-unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
+unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
     // SAFETY: by the caller's word; `sk` is checked before its use.
     unsafe {
         let Some(mut segment) = segment(skb) else {
-            if DIRECTION == INGRESS {
+            if direction == INGRESS {
                 forget_handover();
             }
             return;
         };
         let carries = segment.len != 0 || segment.flags & (FIN | RST) != 0;
-        if DIRECTION == EGRESS && !carries {
+        if direction == EGRESS && !carries {
             return;
         }
         let sk = (*skb).__bindgen_anon_2.sk;
         if sk.is_null() {
             return;
         }
-        if DIRECTION == INGRESS {
+        if direction == INGRESS {
             if (*sk).state == tcp::LISTEN as u32 {
                 listener(skb, &segment);
                 return;
@@ -221,15 +217,15 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         if conn.cookie == 0 {
             first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, conn::now());
         }
-        if DIRECTION == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 && !sock::backlogs(sk.cast()) {
+        if direction == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 && !sock::backlogs(sk.cast()) {
             // TCP has had that RST, and did not take it.
             conn.rst_seen = 0;
         }
         if segment.len != 0 {
-            active::<DIRECTION>(skb, conn, &segment);
+            active(skb, direction, conn, &segment);
         }
         if segment.flags & (FIN | RST) != 0 {
-            if DIRECTION == INGRESS {
+            if direction == INGRESS {
                 end_arrives(sk.cast(), conn, &segment);
             } else {
                 end_leaves(skb, (*sk).state as i32, conn, &segment);
@@ -237,7 +233,7 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
         }
         // Last: the verifier follows all that comes behind it once for each of the many ways through it.
         if segment.len != 0 {
-            scan::scan::<DIRECTION>(skb, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
+            scan::scan(skb, direction, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
         }
     }
 }
@@ -249,8 +245,8 @@ unsafe fn packet<const DIRECTION: usize>(skb: *mut __sk_buff) {
 /// # Safety
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
-unsafe fn time<const DIRECTION: usize>(skb: *mut __sk_buff) -> u64 {
-    if DIRECTION == EGRESS {
+unsafe fn time(skb: *mut __sk_buff, direction: usize) -> u64 {
+    if direction == EGRESS {
         // SAFETY: by the caller's word.
         let made = unsafe { (&raw const (*skb).tstamp).read_volatile() };
         if made != 0 {
@@ -292,7 +288,7 @@ unsafe fn end_leaves(skb: *mut __sk_buff, state: i32, conn: &mut Conn, segment: 
     }
     if conn.first_end == first_end::NONE {
         // SAFETY: by the caller's word.
-        conn.first_end(first_end::LOCAL, unsafe { time::<EGRESS>(skb) });
+        conn.first_end(first_end::LOCAL, unsafe { time(skb, EGRESS) });
     }
 }
 
@@ -302,14 +298,14 @@ unsafe fn end_leaves(skb: *mut __sk_buff, state: i32, conn: &mut Conn, segment: 
 /// # Safety
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
-unsafe fn active<const DIRECTION: usize>(skb: *mut __sk_buff, conn: &mut Conn, segment: &Segment) {
+unsafe fn active(skb: *mut __sk_buff, direction: usize, conn: &mut Conn, segment: &Segment) {
     let end = segment.seq.wrapping_add(segment.len);
-    let stream = &mut conn.http.streams[DIRECTION];
+    let stream = &mut conn.http.streams[direction & 1];
     let known = stream.payload_end;
     if known == 0 || (end.wrapping_sub(known) as i32) > 0 {
         stream.payload_end = end;
         if conn.http.ending.at_ns == 0 {
-            if DIRECTION == INGRESS {
+            if direction == INGRESS {
                 // SAFETY: the helper takes nothing.
                 let tick = unsafe { bpf_jiffies64() } as u32;
                 if stream.payload_tick == tick && stream.payload_ns != 0 {
@@ -318,7 +314,7 @@ unsafe fn active<const DIRECTION: usize>(skb: *mut __sk_buff, conn: &mut Conn, s
                 stream.payload_tick = tick;
             }
             // SAFETY: by the caller's word.
-            stream.payload_ns = unsafe { time::<DIRECTION>(skb) };
+            stream.payload_ns = unsafe { time(skb, direction) };
         }
     }
 }
@@ -345,7 +341,7 @@ unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
         (*handover).syn = u32::from(segment.flags & SYN != 0);
         (*handover).http.full_target = u8::from(sock::config_full_target());
         head::role(&mut (*handover).http, role::SERVER);
-        scan::scan::<INGRESS>(skb, segment.payload_at, segment.seq, segment.len, &raw mut (*handover).http);
+        scan::scan(skb, INGRESS, segment.payload_at, segment.seq, segment.len, &raw mut (*handover).http);
         (*handover).valid = 1;
     }
 }
@@ -370,8 +366,8 @@ pub(crate) fn established(conn: &mut Conn, rcv_nxt: u32, snd_una: u32) {
     conn.http.streams[INGRESS].payload_end = seq.wrapping_add(len);
     let role = conn.role;
     head::role(&mut conn.http, role);
-    head::sync::<INGRESS>(&mut conn.http, rcv_nxt);
-    head::sync::<EGRESS>(&mut conn.http, snd_una);
+    head::sync(&mut conn.http, INGRESS, rcv_nxt);
+    head::sync(&mut conn.http, EGRESS, snd_una);
     if begins != rcv_nxt {
         head::set_aside(&mut conn.http, seq, len);
     }
@@ -390,7 +386,7 @@ fn restart(conn: &mut Conn) -> bool {
     unsafe {
         if scan::exchange(&raw mut conn.http.streams[INGRESS].busy, 1) != 0 {
             // A segment is being read on another CPU right now, from the wrong beginning.
-            head::miss::<INGRESS>(&mut conn.http);
+            head::miss(&mut conn.http, INGRESS);
             return false;
         }
         // All but what is not the scanner's, the time of the payload, and `busy`.

@@ -49,7 +49,7 @@ fn record() -> Record {
     (http.request_connection, http.response_connection) =
         (token::COMPLETE | token::CLOSE, token::COMPLETE | token::CLOSE);
     http.protocol = protocol::HTTP1;
-    http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_IN;
+    http.flags = bit::REQUESTS_IN;
     (http.method_len, http.target_len) = (3, 12);
     http.method[..3].copy_from_slice(b"GET");
     http.target[..12].copy_from_slice(b"/api/v1/user");
@@ -148,7 +148,7 @@ fn pipeline(bencher: Bencher<'_, '_>, mut sink: Sink) {
     (client.role, client.first_end) = (role::CLIENT, first_end::REMOTE);
     (client.old_state, client.closer.tgid) = (9, 0);
     client.owner = Task { tgid: 4_200_002, comm: *b"wrk\0\0\0\0\0\0\0\0\0\0\0\0\0", ..server.owner };
-    client.http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_OUT;
+    client.http.flags = bit::REQUESTS_OUT;
     let (mut connections, now) = (connections(), std::time::Instant::now());
     let mut summary = Summarizer::new(now, false, None);
     let mut events = Vec::new();

@@ -345,8 +345,8 @@ fn http(exchange: &head::Exchange) -> Option<Http> {
         |bytes: &[u8], len: u8| String::from_utf8_lossy(bytes.get(..usize::from(len)).unwrap_or(bytes)).into_owned();
     // Once part of the requests was missed, the one that was seen last need not be the last one. A response that was seen
     // answers the last request: a further request would have cleared it.
-    let request = has(bit::HAS_REQUEST) && !has(bit::REQUESTS_LOST);
-    let response = has(bit::HAS_RESPONSE);
+    let request = exchange.request_version != 0 && !has(bit::REQUESTS_LOST);
+    let response = exchange.response_version != 0;
     Some(Http {
         requests: exchange.requests,
         responses: exchange.responses,

@@ -259,6 +259,8 @@ impl<'a> Object<'a> {
             min_duration_ns: ask.min_duration_us.filter(|_| !ask.states).unwrap_or(0).saturating_mul(1000),
             // Without `/proc` it is not known, and nothing is counted for it.
             netns: time_wait::own_namespace().unwrap_or(0),
+            clear_stack: (!preflight::reads_any_stack()).into(),
+            _pad: 0,
         };
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()

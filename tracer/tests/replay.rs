@@ -101,7 +101,7 @@ fn server() -> Record {
     (http.request_version, http.response_version) = (11, 11);
     (http.request_connection, http.response_connection) = (token::COMPLETE, token::COMPLETE);
     http.protocol = protocol::HTTP1;
-    http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_IN;
+    http.flags = bit::REQUESTS_IN;
     http.method_len = 3;
     http.method[..3].copy_from_slice(b"GET");
     set_target(&mut record, b"/hello");
@@ -119,7 +119,7 @@ fn client() -> Record {
     record.first_end = first_end::REMOTE;
     set_address(&mut record, "127.0.0.1:43210", "127.0.0.1:8080");
     set_states(&mut record, &[SYN_SENT, ESTABLISHED, CLOSE_WAIT, LAST_ACK, CLOSE]);
-    record.http.flags = bit::HAS_REQUEST | bit::HAS_RESPONSE | bit::REQUESTS_OUT;
+    record.http.flags = bit::REQUESTS_OUT;
     record
 }
 
@@ -274,7 +274,7 @@ fn every_cause() -> Vec<(Cause, Record)> {
         (Cause::Upgraded, exchange(server(), |h| (h.status, h.flags) = (101, h.flags | bit::UPGRADED))),
         (Cause::H2, with(server(), |r| payload(r, protocol::H2))),
         (Cause::NotHttp, with(server(), |r| payload(r, protocol::OTHER))),
-        (Cause::Unanswered, exchange(server(), |h| (h.responses, h.flags) = (0, h.flags & !bit::HAS_RESPONSE))),
+        (Cause::Unanswered, exchange(server(), |h| (h.responses, h.response_version) = (0, 0))),
         (Cause::Truncated, exchange(server(), |h| h.flags |= bit::BODY_INCOMPLETE)),
         (Cause::RequestClose, exchange(server(), |h| h.request_connection |= token::CLOSE)),
         (Cause::ResponseClose, exchange(server(), |h| h.response_connection |= token::CLOSE)),
@@ -393,7 +393,7 @@ fn hostile_bytes() {
             set_target(r, "/\u{202e}gpj.exe\u{2028}\u{200b}日本".as_bytes());
             r.http.method = *b"M\x1b[31m\r\n\x7f\0\0\0\0\0\0\0";
             r.http.method_len = 9;
-            (r.http.responses, r.http.flags) = (0, r.http.flags & !bit::HAS_RESPONSE);
+            (r.http.responses, r.http.response_version) = (0, 0);
         }),
     ];
     let events = replay(&records, false);
@@ -621,7 +621,7 @@ fn a_request_that_has_only_begun_is_not_answered_by_the_one_before() {
     // One exchange, then the start line of a second request, then the end. Heads are counted when they are whole.
     let begun = with(server(), |r| {
         r.http.request_connection = 0;
-        r.http.flags &= !bit::HAS_RESPONSE;
+        r.http.response_version = 0;
     });
     let close = close(&begun);
     assert_eq!(close.cause, Cause::Unanswered);

@@ -21,8 +21,8 @@ const SMALLEST_HEAD: usize = 14;
 pub const LONGEST: usize = 12 << 10;
 
 /// Gives a segment to the scanner, as the kernel's programs do.
-pub fn segment<const D: usize>(http: &mut Http, seq: u32, bytes: &[u8]) {
-    let Some(at) = head::enter::<D>(http, seq, bytes.len() as u32) else { return };
+pub fn segment(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
+    let Some(at) = head::enter(http, direction, seq, bytes.len() as u32) else { return };
     // Not zero: what lies behind the filled part must not matter.
     let mut window = Window::EMPTY;
     window.words.fill(u64::from_le_bytes(*b"\r\nclose\n"));
@@ -30,15 +30,15 @@ pub fn segment<const D: usize>(http: &mut Http, seq: u32, bytes: &[u8]) {
     let mut finished = false;
     for turn in 0..MAX_STEPS {
         assert!(turn as usize <= bytes.len() * 2, "a step takes a byte, or is followed by one that does");
-        if let Some(at) = head::is_in_long_line(http, D, &window) {
+        if let Some(at) = head::is_in_long_line(http, direction, &window) {
             let mut words = [0u64; STRETCH_WORDS];
             let bytes = &bytes[at as usize..at as usize + STRETCH_WORDS * 8];
             for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
                 *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
             }
-            head::pass(http, D, &mut window, head::stretch(&words));
+            head::pass(http, direction, &mut window, head::stretch(&words));
         }
-        if let Some((at, n)) = head::refill(http, D, &mut window) {
+        if let Some((at, n)) = head::refill(http, direction, &mut window) {
             let (at, n) = (at as usize, n as usize);
             assert!(n > 0 && n <= WINDOW && at + n <= bytes.len(), "the window leaves the segment");
             for (i, byte) in bytes[at..at + n].iter().enumerate() {
@@ -46,38 +46,24 @@ pub fn segment<const D: usize>(http: &mut Http, seq: u32, bytes: &[u8]) {
                 window.words[i / 8] = window.words[i / 8] & !(0xff << shift) | u64::from(*byte) << shift;
             }
         }
-        if !head::step(http, D, &mut window) {
+        if !head::step(http, direction, &mut window) {
             finished = true;
             break;
         }
     }
-    head::leave::<D>(http, finished);
+    head::leave(http, direction, finished);
 }
 
-/// [`segment`], in a direction that is a value.
-pub fn segment_in(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
-    if direction == INGRESS { segment::<INGRESS>(http, seq, bytes) } else { segment::<EGRESS>(http, seq, bytes) }
-}
-
-/// Gives a received segment to the scanner, as the kernel's programs do: `next` is the first byte that TCP has not received.
-fn receive(http: &mut Http, seq: u32, bytes: &[u8], next: u32) {
+/// Asks what the kernel's programs ask first. `next` is the first byte that TCP has not received.
+pub fn arrive(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], next: u32) {
     let len = bytes.len() as u32;
-    if head::is_done::<INGRESS>(http, seq) || head::is_inside_body::<INGRESS>(http, seq, len) {
+    if head::is_done(http, direction, seq) || head::is_inside_body(http, direction, seq, len) {
         return;
     }
-    if head::repeats(http, seq) {
-        head::again(http, seq, bytes.len() as u32, next);
+    if direction == INGRESS && head::repeats(http, seq) {
+        head::again(http, seq, len, next);
     }
-    segment::<INGRESS>(http, seq, bytes);
-}
-
-/// [`receive`], or what is sent likewise.
-pub fn arrive(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], next: u32) {
-    if direction == INGRESS {
-        receive(http, seq, bytes, next);
-    } else if !head::is_done::<EGRESS>(http, seq) && !head::is_inside_body::<EGRESS>(http, seq, bytes.len() as u32) {
-        segment::<EGRESS>(http, seq, bytes);
-    }
+    segment(http, direction, seq, bytes);
 }
 
 /// Something that happens in one direction.
@@ -175,10 +161,10 @@ fn is_sane(exchange: &Exchange, request_bytes: usize, response_bytes: usize) {
     assert!(e.method[usize::from(e.method_len)..].iter().all(|b| *b == 0), "rest of an older method: {e:?}");
     assert!(e.target[usize::from(e.target_len)..].iter().all(|b| *b == 0), "rest of an older target: {e:?}");
     assert!(!has(bit::REQUESTS_LOST) || e.request_connection & token::COMPLETE == 0, "not the last: {e:?}");
-    assert!(e.request_connection & token::COMPLETE == 0 || has(bit::HAS_REQUEST), "{e:?}");
+    assert!(e.request_connection & token::COMPLETE == 0 || e.request_version != 0, "{e:?}");
     assert!(!has(bit::REQUESTS_IN) || !has(bit::REQUESTS_OUT), "two roles: {e:?}");
-    assert!(!has(bit::HAS_RESPONSE) || (100..1000).contains(&e.status) && matches!(e.response_version, 10 | 11));
-    assert!(!has(bit::HAS_REQUEST) || e.method_len > 0 && matches!(e.request_version, 10 | 11));
+    assert!(e.response_version == 0 || (100..1000).contains(&e.status) && matches!(e.response_version, 10 | 11));
+    assert!(e.request_version == 0 || e.method_len > 0 && matches!(e.request_version, 10 | 11));
     assert!(!has(bit::RESPONSES_LOST) || !has(bit::BODY_INCOMPLETE), "{e:?}");
 }
 
@@ -215,10 +201,8 @@ fn any_order(options: Options, events: &[Event]) {
                 arrive(&mut http, *direction, seq, segment, next[INGRESS]);
                 bytes += segment.len();
             }
-            Event::Lost(INGRESS) => head::lose::<INGRESS>(&mut http),
-            Event::Lost(_) => head::lose::<EGRESS>(&mut http),
-            Event::Missed(INGRESS) => head::miss::<INGRESS>(&mut http),
-            Event::Missed(_) => head::miss::<EGRESS>(&mut http),
+            Event::Lost(direction) => head::lose(&mut http, *direction),
+            Event::Missed(direction) => head::miss(&mut http, *direction),
         }
         // `miss` speaks for another CPU: the verdict on the last request follows with the next segment.
         if !events.iter().any(|event| matches!(event, Event::Missed(_))) {
@@ -238,7 +222,7 @@ fn segmentation(options: Options, events: &[Event]) {
     let mut next = [[0u32; 2]; 3];
     let mut send = |which: usize, http: &mut Http, direction: usize, bytes: &[u8]| {
         let seq = &mut next[which][direction];
-        segment_in(http, direction, *seq, bytes);
+        segment(http, direction, *seq, bytes);
         *seq = seq.wrapping_add(bytes.len() as u32);
     };
     let mut run: Option<(usize, Vec<u8>)> = None;
@@ -285,13 +269,13 @@ fn pieces_of_a_stream(options: Options, events: &[Event]) {
     for disorder in [true, false] {
         let mut http = new(options);
         for direction in [INGRESS, EGRESS] {
-            sync(&mut http, direction);
+            head::sync(&mut http, direction, 0);
         }
         for request in [true, false] {
             let (direction, stream) = (of(request), &streams[of(request)]);
             let mut seen = vec![false; stream.len()];
             if request != disorder {
-                segment_in(&mut http, direction, 0, stream);
+                segment(&mut http, direction, 0, stream);
                 continue;
             }
             let mut at = 0usize;
@@ -309,14 +293,14 @@ fn pieces_of_a_stream(options: Options, events: &[Event]) {
                 let from = at.saturating_add_signed(isize::from(*offset)).min(stream.len());
                 let to = (from + bytes.len()).min(stream.len());
                 if dropped {
-                    receive(&mut http, from as u32, &bytes[..to - from], first_unseen(&seen));
+                    arrive(&mut http, INGRESS, from as u32, &bytes[..to - from], first_unseen(&seen));
                     believed = false;
                     continue;
                 }
                 if direction == INGRESS {
-                    receive(&mut http, from as u32, &stream[from..to], first_unseen(&seen));
+                    arrive(&mut http, INGRESS, from as u32, &stream[from..to], first_unseen(&seen));
                 } else {
-                    segment_in(&mut http, direction, from as u32, &stream[from..to]);
+                    segment(&mut http, direction, from as u32, &stream[from..to]);
                 }
                 seen[from..to].fill(true);
                 at = to;
@@ -333,7 +317,7 @@ fn pieces_of_a_stream(options: Options, events: &[Event]) {
                 while (first_unseen(&seen) as usize) < stream.len() {
                     let from = first_unseen(&seen) as usize;
                     let to = (from + 7).min(stream.len());
-                    receive(&mut http, from as u32, &stream[from..to], from as u32);
+                    arrive(&mut http, INGRESS, from as u32, &stream[from..to], from as u32);
                     seen[from..to].fill(true);
                 }
                 let mut end = http;
@@ -353,10 +337,6 @@ fn first_unseen(seen: &[bool]) -> u32 {
 fn settle(http: &mut Http, direction: usize, end: u32, of_the_other: u32) {
     let (received, acknowledged) = if direction == INGRESS { (end, of_the_other) } else { (of_the_other, end) };
     head::settle(http, received, acknowledged);
-}
-
-fn sync(http: &mut Http, direction: usize) {
-    if direction == INGRESS { head::sync::<INGRESS>(http, 0) } else { head::sync::<EGRESS>(http, 0) }
 }
 
 /// The heads that came whole.
@@ -379,7 +359,7 @@ fn is_true(e: &Exchange, options: Options, request: bool, truth: &Reader, seen: 
             assert!(seen_whole.clone().any(|head| is_request(e, options, head)), "no such request: {e:?}\n{truth:?}");
         }
     } else {
-        if e.flags & bit::HAS_RESPONSE != 0 && e.response_connection & token::COMPLETE != 0 {
+        if e.response_version != 0 && e.response_connection & token::COMPLETE != 0 {
             assert!(seen_whole.clone().any(|head| is_response(e, head)), "no such response: {e:?}\n{truth:?}");
         }
     }
@@ -416,7 +396,7 @@ pub fn compare<'a>(options: Options, segments: impl Iterator<Item = (usize, &'a 
     let mut reader = Reader::default();
     let mut next = [0xffff_fff0u32, 77];
     for (direction, bytes) in segments {
-        segment_in(&mut http, direction, next[direction], bytes);
+        segment(&mut http, direction, next[direction], bytes);
         next[direction] = next[direction].wrapping_add(bytes.len() as u32);
         reader.read((direction == EGRESS) == (options.role == roles::CLIENT), bytes);
         agree(options, &http.exchange, &reader);
@@ -435,8 +415,8 @@ fn agree(options: Options, e: &Exchange, reader: &Reader) {
     assert_eq!(has(bit::UPGRADED), reader.upgraded, "upgraded {}", show());
     assert_eq!(has(bit::REQUESTS_LOST), reader.requests_lost(), "requests lost {}", show());
     assert_eq!(has(bit::RESPONSES_LOST), reader.responses_lost(), "responses lost {}", show());
-    assert_eq!(has(bit::HAS_REQUEST), reader.has_request, "has request {}", show());
-    assert_eq!(has(bit::HAS_RESPONSE), reader.has_response, "has response {}", show());
+    assert_eq!(e.request_version != 0, reader.has_request, "has request {}", show());
+    assert_eq!(e.response_version != 0, reader.has_response, "has response {}", show());
     assert_eq!(has(bit::BODY_INCOMPLETE), reader.body_incomplete, "response body {}", show());
     assert_eq!(has(bit::BODY_UNTIL_CLOSE), reader.body_until_close, "response body's end {}", show());
     let request = reader.request.as_ref().filter(|_| !reader.requests_lost());
