@@ -28,7 +28,11 @@ pub(crate) struct Settings<'a> {
     pub(crate) http: &'a str,
 }
 
-/// Starts it, and waits until it listens. `/` is answered with six bytes, everything else with files of the directory.
+/// Where it tells what it has done so far.
+pub(crate) const STATUS: &str = "/status";
+
+/// Starts it, and waits until it listens. `/` is answered with six bytes, everything else but [`STATUS`] with files of the
+/// directory.
 ///
 /// # Errors
 /// It is not installed, or does not listen; then with what it logged.
@@ -48,6 +52,7 @@ pub(crate) fn start(namespace: &Namespace, directory: &Path, settings: &Settings
                server {{\n\
                  listen {port}{backlog}; root {d};\n\
                  location = / {{ return 200 \"hello\\n\"; }}\n\
+                 location = {STATUS} {{ stub_status; }}\n\
                }}\n\
              }}\n",
             d = directory.display(),

@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -75,17 +75,20 @@ impl Load {
         self.nginx.pid()
     }
 
-    /// Runs the clients for some seconds (a bulk transfer takes what it takes).
-    pub(crate) fn run(&self, workload: Workload, seconds: u32) -> Result<Done> {
-        let url = format!("http://127.0.0.1:{PORT}/");
-        if workload == Workload::Bulk {
-            let before = measure::packets(self.pid())?;
-            let began = Instant::now();
-            let mut curl = self.namespace.command(&workspace::find("curl").context("no curl")?);
-            workspace::succeed(curl.args(["-s", "-S", "-f", "-o", "/dev/null", &format!("{url}large")]))?;
-            let seconds = began.elapsed().as_secs_f64();
-            return Ok(Done { operations: measure::packets(self.pid())? - before, seconds });
-        }
+    /// Has the clients go on until what is returned is dropped.
+    pub(crate) fn go_on(&self, workload: Workload, directory: &Path) -> Result<Running> {
+        Running::start(&mut self.wrk(workload, 3600)?, directory, "wrk")
+    }
+
+    /// Requests that were answered so far.
+    pub(crate) fn requests(&self) -> Result<u64> {
+        let mut curl = self.namespace.command(&workspace::find("curl").context("no curl")?);
+        let said =
+            workspace::output(curl.args(["-s", "-S", "-f", &format!("http://127.0.0.1:{PORT}{}", nginx::STATUS)]))?;
+        requests_of(&said).with_context(|| format!("nginx said: {said}"))
+    }
+
+    fn wrk(&self, workload: Workload, seconds: u32) -> Result<Command> {
         let mut wrk = self.namespace.command(&workspace::find("wrk").context("no wrk")?);
         wrk.args(["-t", "1", "-c", "16", "-d", &format!("{seconds}s")]);
         match workload {
@@ -93,9 +96,36 @@ impl Load {
             Workload::Cookie => wrk.args(["-H", &format!("Cookie: session={}", "x".repeat(COOKIE))]),
             Workload::KeepAlive | Workload::Bulk => &mut wrk,
         };
-        let said = workspace::output(wrk.arg(&url))?;
+        wrk.arg(format!("http://127.0.0.1:{PORT}/"));
+        Ok(wrk)
+    }
+
+    /// Runs the clients for some seconds (a bulk transfer takes what it takes).
+    pub(crate) fn run(&self, workload: Workload, seconds: u32) -> Result<Done> {
+        if workload == Workload::Bulk {
+            let before = measure::packets(self.pid())?;
+            let began = Instant::now();
+            let mut curl = self.namespace.command(&workspace::find("curl").context("no curl")?);
+            workspace::succeed(curl.args([
+                "-s",
+                "-S",
+                "-f",
+                "-o",
+                "/dev/null",
+                &format!("http://127.0.0.1:{PORT}/large"),
+            ]))?;
+            let seconds = began.elapsed().as_secs_f64();
+            return Ok(Done { operations: measure::packets(self.pid())? - before, seconds });
+        }
+        let said = workspace::output(&mut self.wrk(workload, seconds)?)?;
         parse(&said).with_context(|| format!("wrk said: {said}"))
     }
+}
+
+/// What nginx tells: the number of requests is the third of a line of three.
+fn requests_of(said: &str) -> Option<u64> {
+    let numbers = |line: &str| line.split_whitespace().map(|word| word.parse().ok()).collect::<Option<Vec<u64>>>();
+    said.lines().filter_map(numbers).find_map(|numbers| (numbers.len() == 3).then(|| numbers.last().copied())?)
 }
 
 /// What wrk prints: `  52340 requests in 2.00s, 7.84MB read`
@@ -194,3 +224,15 @@ pub(crate) const NEEDED: [workspace::Program; 8] = [
     ("unshare", "util-linux"),
     ("wrk", "wrk"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nginx_tells() {
+        let said = "Active connections: 17 \nserver accepts handled requests\n 5 5 4711 \nReading: 0 Writing: 17 Waiting: 0 \n";
+        assert_eq!(requests_of(said), Some(4711));
+        assert_eq!(requests_of("404 Not Found\n"), None);
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! nginx and its clients talk in a network namespace of their own. Who is measured is started anew for each round, and the
 //! rounds of all are interleaved, because a machine is not equally fast at all times: of costs the least of all rounds
-//! counts, of throughput the median of what was kept against the rounds without anything right before and after. Program
+//! counts, of throughput the median of what was kept against the time without anything right before and after. Program
 //! runs are timed in rounds of their own, since that costs, too. Stdout goes to a pipe that is read at once, for all alike.
 
 mod contender;
@@ -17,7 +17,7 @@ pub(crate) use load::hold;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
@@ -93,17 +93,17 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
 type Plan<'a> = &'a [(Contender, u32, u32)];
 
 const SHORT: Plan<'_> = &[
-    (Contender::Floor, 4, 3),
-    (Contender::Text, 4, 9),
-    (Contender::Json, 4, 7),
+    (Contender::Floor, 4, 9),
+    (Contender::Text, 5, 15),
+    (Contender::Json, 5, 9),
     (Contender::Tcplife, 4, 3),
     (Contender::Tcpstates, 1, 3),
     (Contender::Bpftrace, 1, 3),
     (Contender::Tcpdump, 1, 3),
 ];
 const KEEP_ALIVE: Plan<'_> = &[
-    (Contender::Floor, 4, 3),
-    (Contender::Text, 4, 9),
+    (Contender::Floor, 4, 9),
+    (Contender::Text, 4, 15),
     (Contender::Json, 1, 0),
     (Contender::Tcplife, 1, 1),
     (Contender::Tcpstates, 1, 0),
@@ -117,6 +117,8 @@ const BULK: Plan<'_> = &[(Contender::Floor, 4, 0), (Contender::Text, 4, 0)];
 const OPEN: u64 = 100_000;
 /// After the load, until a daemon has done all that it caused.
 const SETTLE: Duration = Duration::from_millis(200);
+/// How long the clients are watched for their rate.
+const SLICE: Duration = Duration::from_millis(700);
 
 /// Of sorted values.
 fn percentile(sorted: &[u32], percent: usize) -> Option<u32> {
@@ -205,29 +207,38 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// Rounds without: how much of the throughput is kept.
+    /// How much of the throughput is kept, program runs not timed. The clients go on all the while: contenders come and go beside
+    /// them, and what is answered within a slice of time is counted.
     fn keep(&mut self, workload: Workload, plan: Plan<'_>) -> Result<()> {
         let rounds = plan.iter().map(|(.., kept)| *kept).max().unwrap_or(0);
         if rounds == 0 {
             return Ok(());
         }
-        let mut before = self.load.run(workload, 1)?.rate();
+        let _clients = self.load.go_on(workload, self.starter.directory)?;
+        std::thread::sleep(SLICE);
+        let mut before = self.slice()?;
         for round in 0..rounds {
             for (contender, ..) in plan.iter().filter(|(.., kept)| round < *kept) {
                 let Some(active) = self.start(workload, *contender)? else { continue };
-                let usage = active.usage()?;
-                let done = self.load.run(workload, 1)?;
                 std::thread::sleep(SETTLE);
-                let usage = active.usage()?.since(&usage);
+                let with = self.slice()?;
                 self.end(workload, *contender, active)?;
-                let after = self.load.run(workload, 1)?.rate();
+                std::thread::sleep(SETTLE);
+                let after = self.slice()?;
                 let figures = self.figures.entry((workload, *contender)).or_default();
-                figures.kept.push(done.rate() / ((before + after) / 2.0));
-                lower(&mut figures.daemon_ns, usage.cpu_ns as f64 / done.operations as f64);
+                figures.kept.push(with / ((before + after) / 2.0));
                 before = after;
             }
         }
         Ok(())
+    }
+
+    /// Requests that are answered in a second, now.
+    fn slice(&self) -> Result<f64> {
+        let (began, before) = (Instant::now(), self.load.requests()?);
+        std::thread::sleep(SLICE);
+        let took = began.elapsed().as_secs_f64();
+        Ok((self.load.requests()? - before) as f64 / took)
     }
 
     /// Starts a contender; `None` if it cannot be run here, which only tracer and the floor must.

@@ -121,8 +121,8 @@ filter.
 - Costs are the least of several rounds, of which there are more for tracer, the floor and tcplife than for other peers.
 - BPF: as the kernel times the runs of its programs, which adds some 60 ns to each, to empty programs, too.
 - Daemon: what its threads ran, by the scheduler. Its stdout, like that of all, is a pipe that is read at once.
-- Throughput kept: the rate divided by the mean of the rates without anything right before and after, in rounds in which
-  program runs are not timed; the median, and the range.
+- Throughput kept: the clients go on while one after the other is started beside them and ended; the rate of a slice of 0.7 s,
+  divided by the mean of those right before and after without anything; program runs are not timed. The median, and the range.
 - Lost: by their own account, in all rounds. Maps: what the kernel accounts to them; perf buffers are not among them.
 - Programs see the connections of the whole host: what else runs there counts, too.
 ";
