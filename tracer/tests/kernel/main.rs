@@ -19,6 +19,7 @@ mod heads;
 mod hostile;
 mod ledger;
 mod leftovers;
+mod machine;
 mod messages;
 mod names;
 mod netns;

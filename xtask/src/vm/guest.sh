@@ -39,15 +39,21 @@ for arguments in '' '--pid 1 --port 1 --states --full-target'; do
     say load "$code" "$(grep -c 'client asked: Connection: close' /tmp/demo)"
     ((code == 0)) || break
 done
-if ((code == 0)) && [[ -n "${TESTS+set}" ]]; then
+if ((code == 0)) && [[ -n "${TESTS+set}${MACHINE_TESTS+set}" ]]; then
     cd /tmp || exit
-    # shellcheck disable=SC2086
-    TRACER_TEST_PATIENCE=240 TRACER_TEST_GO=/payload/go TRACER_TEST_SKIPPED=/tmp/skipped \
-        /payload/kernel-tests --test-threads=2 $TESTS >/dev/ttyS1
-    code=$?
+    export TRACER_TEST_PATIENCE=240 TRACER_TEST_GO=/payload/go TRACER_TEST_SKIPPED=/tmp/skipped TRACER_TEST_GUEST=1
+    if [[ -n "${TESTS+set}" ]]; then
+        # shellcheck disable=SC2086
+        /payload/kernel-tests --test-threads=2 --exact $TESTS >/dev/ttyS1
+        say tests $?
+    fi
+    if [[ -n "${MACHINE_TESTS+set}" ]]; then
+        # shellcheck disable=SC2086
+        /payload/kernel-tests --test-threads=1 --nocapture --ignored --exact $MACHINE_TESTS >/dev/ttyS1
+        say tests $?
+    fi
     # Not while they run: it would get into the middle of their lines.
     [[ ! -e /tmp/skipped ]] || sort -u /tmp/skipped >/dev/ttyS1
-    say tests $code
 fi
 sync
 echo o >/proc/sysrq-trigger

@@ -96,7 +96,7 @@ pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
     let directory = workspace::target_dir().join("vm");
     fs::create_dir_all(&directory)?;
     let (tracer, tests) = build()?;
-    let all = names(&tests)?;
+    let (all, machine) = names(&tests)?;
     if let Some((name, _)) = SKIPPED.iter().find(|(name, _)| !all.iter().any(|known| known == name)) {
         bail!("there is no test {name}, which is to be skipped");
     }
@@ -121,9 +121,15 @@ pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
         if quick && wanted.len() != QUICK.len() {
             bail!("`QUICK` in xtask/src/vm/mod.rs has tests that do not exist");
         }
-        // By their names: what is only part of another one's name would bring that, too.
-        let arguments = kernel.lacks.is_none().then(|| format!("--exact {}", wanted.join(" ")));
-        let payload = Payload { tracer: tracer.clone(), tests: tests.clone(), go: go.clone(), arguments };
+        let alone: Vec<_> = machine.iter().map(String::as_str).filter(|name| asked(name)).collect();
+        let line = |names: &[&str]| (kernel.lacks.is_none() && !names.is_empty()).then(|| names.join(" "));
+        let payload = Payload {
+            tracer: tracer.clone(),
+            tests: tests.clone(),
+            go: go.clone(),
+            tests_asked: line(&wanted),
+            machine_tests_asked: line(&alone),
+        };
         let limit = Duration::from_secs(if quick { 900 } else { 7200 });
         let boot = |n| guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit, n);
         let mut report = boot(1)?;
@@ -142,7 +148,7 @@ pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
         for (name, reason) in &skipped {
             println!("skipped: {name}: {reason}");
         }
-        let verdict = judge(kernel, &report, wanted.len());
+        let verdict = judge(kernel, &report, wanted.len() + alone.len());
         if let Err(error) = &verdict {
             fine = false;
             println!("xtask: kernel {}: {error}", kernel.version);
@@ -183,14 +189,16 @@ fn build() -> Result<(PathBuf, PathBuf)> {
     Ok((tracer.context("cargo built no tracer")?, tests.context("cargo built no tests")?))
 }
 
-/// The names of all tests but those that only run when they are asked for (`#[ignore]`).
-fn names(tests: &Path) -> Result<Vec<String>> {
+/// The names of all tests but those that only run when they are asked for (`#[ignore]`), and of those among the latter that a
+/// guest is made for.
+fn names(tests: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let list = |arguments: &[&str]| -> Result<Vec<String>> {
         let list = workspace::output(Command::new(tests).args(arguments))?;
         Ok(list.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
     };
     let ignored = list(&["--list", "--ignored"])?;
-    Ok(list(&["--list"])?.into_iter().filter(|name| !ignored.contains(name)).collect())
+    let usual = list(&["--list"])?.into_iter().filter(|name| !ignored.contains(name)).collect();
+    Ok((usual, ignored.into_iter().filter(|name| name.starts_with("machine::")).collect()))
 }
 
 /// The tests' programs in Go, which would take a guest minutes to compile.
