@@ -31,6 +31,7 @@ mod privileges;
 mod readers;
 mod record;
 mod rig;
+mod sandbox;
 mod scale;
 mod script;
 mod servers;
