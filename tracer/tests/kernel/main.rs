@@ -39,5 +39,6 @@ mod snapshot;
 mod sockets;
 mod states;
 mod summary;
+mod unit;
 mod web;
 mod wire;

@@ -65,6 +65,11 @@ fn every_thread_has_given_up_what_it_does_not_need() {
 
 /// Nobody, with these capabilities and no others: `setpriv` and a copy of the binary that nobody can reach.
 pub(crate) fn nobody_with(capabilities: &str, directory: &Path) -> Command {
+    nobody_by(capabilities, directory, &[])
+}
+
+/// The same; `by` is a program with arguments that becomes the binary.
+pub(crate) fn nobody_by(capabilities: &str, directory: &Path, by: &[String]) -> Command {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.join("tracer");
     fs::copy(tracer().get_program(), &binary).expect("it can be copied");
@@ -73,7 +78,7 @@ pub(crate) fn nobody_with(capabilities: &str, directory: &Path) -> Command {
     for set in ["inh-caps", "ambient-caps", "bounding-set"] {
         command.arg(format!("--{set}=-all,{capabilities}"));
     }
-    command.arg(binary);
+    command.args(by).arg(binary);
     command
 }
 
