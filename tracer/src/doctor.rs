@@ -201,7 +201,8 @@ pub fn examine(strict: bool) -> Report {
     }
     findings.push(lockdown());
     // What is missing costs no answer: tracer is less confined then.
-    findings.push(Finding::ok("sandbox", format!("tracer confines itself with {}", sandbox::support())));
+    let confinement = sandbox::support();
+    findings.checked("sandbox", &confinement.missing(), format!("tracer confines itself with {confinement}"));
     if fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|text| text.trim() == "1") {
         findings.push(Finding {
             mend: Some("sysctl -w kernel.bpf_stats_enabled=0".to_owned()),

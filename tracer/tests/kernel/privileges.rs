@@ -59,7 +59,11 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         for (name, status) in threads(broker_of(&tracer)) {
             assert_eq!(status, json!({ "sets": [NONE, TWO], "nnp": "1", "seccomp": seccomp }), "{name}");
         }
-        tracer.stop();
+        let run = tracer.stop();
+        // Nobody needs to be warned of what was asked for; who reads the events knows.
+        let degraded = run.events[0]["degraded"].as_array().expect("a list");
+        let said = degraded.iter().any(|missing| missing.to_string().contains("--no-sandbox"));
+        assert_eq!(said, option.is_some(), "{degraded:?}");
     }
 }
 

@@ -21,7 +21,7 @@ use crate::rig::{Guard, Listener, wait_until};
 
 /// Whether Landlock's interface is older than this one.
 fn lacks_interface(wanted: u32) -> bool {
-    let found = sandbox::support().landlock.is_some_and(|interface| interface >= wanted);
+    let found = sandbox::support().landlock.is_ok_and(|interface| interface >= wanted);
     lacks(&format!("Landlock (interface {wanted})"), found)
 }
 

@@ -47,8 +47,6 @@ def flags(argument, bits):
 
 
 unit = json.loads(sys.argv[1])
-# SystemCallFilter=
-install(EPERM, [(name, ALLOW) for name in unit['allowed']])
 # RestrictAddressFamilies=
 denied = [Condition(0, EQ, family, 0) for family in range(FAMILIES) if family not in unit['families']]
 install(ALLOW, [('socket', EAFNOSUPPORT, family) for family in denied + [Condition(0, GE, FAMILIES, 0)]])
@@ -60,4 +58,6 @@ install(ALLOW, denied + [('setns', EPERM, Condition(1, EQ, 0, 0)), ('clone3', EN
 WRITE, EXECUTE, SHM_EXEC = 2, 4, 0o100000
 install(ALLOW, [('mmap', EPERM, flags(2, WRITE | EXECUTE)), ('mprotect', EPERM, flags(2, EXECUTE)),
                 ('pkey_mprotect', EPERM, flags(2, EXECUTE)), ('shmat', EPERM, flags(2, SHM_EXEC))])
+# SystemCallFilter=: last, as it may forbid further ones.
+install(EPERM, [(name, ALLOW) for name in unit['allowed']])
 os.execv(sys.argv[2], sys.argv[2:])

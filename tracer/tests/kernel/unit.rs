@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::privileges::{names_everything, nobody_by, unit_capabilities};
-use crate::rig::run;
+use crate::rig::{expect, run, tracer};
 
 const UNIT: &str = include_str!("../../../packaging/tracer.service");
 
@@ -59,8 +59,8 @@ const NAMESPACES: [(&str, i32); 7] = [
     ("uts", libc::CLONE_NEWUTS),
 ];
 
-/// A program that becomes another one under the unit's filters.
-fn under_the_filters() -> [String; 4] {
+/// A program that becomes another one under the unit's filters, which forbid `missing`, too.
+fn under_the_filters_without(missing: &str) -> [String; 4] {
     // What the script takes for granted.
     assert_eq!(assigned("SystemCallErrorNumber"), [["EPERM"]]);
     assert_eq!(assigned("MemoryDenyWriteExecute"), [["yes"]]);
@@ -71,12 +71,18 @@ fn under_the_filters() -> [String; 4] {
     });
     let namespaces = assigned("RestrictNamespaces").concat();
     let denied = NAMESPACES.iter().filter(|(name, _)| !namespaces.contains(name)).map(|(_, flag)| flag);
+    let mut allowed = allowed();
+    assert!(missing.is_empty() || allowed.remove(missing), "the unit does not allow {missing}");
     let unit = json!({
-        "allowed": allowed(),
+        "allowed": allowed,
         "families": families.collect::<Vec<_>>(),
         "denied_namespaces": denied.collect::<Vec<_>>(),
     });
     ["/usr/bin/python3".to_owned(), "-c".to_owned(), include_str!("unit.py").to_owned(), unit.to_string()]
+}
+
+fn under_the_filters() -> [String; 4] {
+    under_the_filters_without("")
 }
 
 #[test]
@@ -120,4 +126,37 @@ fn the_units_filters_are_the_units() {
     assert_eq!(answers(&[]), [0; 6]);
     let no = libc::EPERM;
     assert_eq!(answers(&under_the_filters()), [no, libc::EAFNOSUPPORT, no, no, 0, 0]);
+}
+
+/// As on a kernel that has it not, or under a container's profile that is older than it.
+#[test]
+fn what_it_cannot_confine_itself_with_is_said() {
+    for (call, name, other) in
+        [("landlock_create_ruleset", "without Landlock", "by seccomp alone"), ("seccomp", "without seccomp", "")]
+    {
+        let run = |arguments: &[&str]| -> (Option<i32>, Value, String) {
+            let mut command = Command::new("env");
+            let command = command.args(under_the_filters_without(call)).arg(tracer().get_program()).args(arguments);
+            let output = command.output().expect("it runs");
+            let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            let first = stdout.lines().next().unwrap_or_else(|| panic!("{stderr}"));
+            (output.status.code(), serde_json::from_str(first).expect("JSON"), stderr.into_owned())
+        };
+        let (code, report, _) = run(&["doctor", "--json", "--strict"]);
+        let findings = report["findings"].as_array().expect("a list");
+        let found: Vec<_> = findings.iter().filter(|one| one["name"] == "sandbox").collect();
+        let [finding] = found[..] else { panic!("{found:?}") };
+        expect(finding, &json!({ "status": "degraded" }));
+        let (means, mend) = (finding["means"].as_str().expect("text"), finding["mend"].as_str().expect("text"));
+        assert!(means.starts_with(name) && means.contains(other) && mend.contains(call), "{finding}");
+        assert_eq!((code, &report["verdict"]), (Some(9), &json!("degraded")), "{report:#}");
+        // `run` says the same, and warns of it, but for who does not want it.
+        let message = json!(format!("{means}; {mend}"));
+        let said = |arguments: &[&str]| {
+            let (code, start, stderr) = run(&[&["run", "--json", "--duration", "10ms"], arguments].concat());
+            assert_eq!(code, Some(0), "{stderr}");
+            (start["degraded"].as_array().expect("a list").contains(&message), stderr.contains(means))
+        };
+        assert_eq!((said(&[]), said(&["--no-sandbox"])), ((true, true), (false, false)));
+    }
 }
