@@ -60,7 +60,7 @@ const NAMESPACES: [(&str, i32); 7] = [
 ];
 
 /// A program that becomes another one under the unit's filters, which forbid `missing`, too.
-fn under_the_filters_without(missing: &str) -> [String; 4] {
+pub(crate) fn under_the_filters_without(missing: &str) -> [String; 4] {
     // What the script takes for granted.
     assert_eq!(assigned("SystemCallErrorNumber"), [["EPERM"]]);
     assert_eq!(assigned("MemoryDenyWriteExecute"), [["yes"]]);
