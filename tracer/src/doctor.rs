@@ -156,6 +156,11 @@ pub fn run(as_json: bool, strict: bool, styled: bool) -> Result<u8> {
 
 /// Looks at the host.
 pub fn examine(strict: bool) -> Report {
+    examine_with(&kernel::hooks(true), strict)
+}
+
+/// The same with other hooks than those that tracing takes.
+pub fn examine_with(hooks: &[kernel::Hook], strict: bool) -> Report {
     let mut findings = Findings::default();
     let mut degraded = Vec::new();
     match preflight::privileges(&mut degraded) {
@@ -201,7 +206,8 @@ pub fn examine(strict: bool) -> Report {
     }
     findings.push(lockdown());
     // What is missing costs no answer: tracer is less confined then.
-    findings.push(Finding::ok("sandbox", format!("tracer confines itself with {}", sandbox::support())));
+    let confinement = sandbox::support();
+    findings.checked("sandbox", &confinement.missing(), format!("tracer confines itself with {confinement}"));
     if fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|text| text.trim() == "1") {
         findings.push(Finding {
             mend: Some("sysctl -w kernel.bpf_stats_enabled=0".to_owned()),
@@ -209,11 +215,10 @@ pub fn examine(strict: bool) -> Report {
         });
     }
 
-    let hooks = kernel::hooks(true);
     match (&offsets, &cgroup, findings.refusal) {
         (Ok(offsets), Ok(cgroup), None) => {
             let ask = Ask { ring_bytes: 1 << 16, ..Ask::default() };
-            match kernel::try_each(&hooks, &ask, cgroup, offsets) {
+            match kernel::try_each(hooks, &ask, cgroup, offsets) {
                 Ok(tried) => {
                     for (hook, tried) in hooks.iter().zip(tried) {
                         findings.hook(hook, tried);
@@ -367,6 +372,42 @@ mod tests {
         findings.missing("cgroup2", &Refusal { code: exit::CGROUP, message: "none; mount one".to_owned() });
         assert_eq!(findings.refusal, Some(exit::BTF));
         assert_eq!(findings.list[1].mend.as_deref(), Some("mount one"));
+    }
+
+    #[test]
+    fn a_hook_that_is_refused_is_what_tracing_would_make_of_it() {
+        let refused =
+            |errno| Err(anyhow::Error::from(std::io::Error::from_raw_os_error(errno)).context("cannot attach"));
+        let hooks = kernel::hooks(true);
+        for (errno, code, mend) in [
+            (libc::ENOENT, exit::KERNEL, "run a kernel that has it"),
+            (libc::EPERM, exit::POLICY, "run tracer on the host"),
+        ] {
+            let mut kinds = [0; 3];
+            for hook in &hooks {
+                let mut findings = Findings::default();
+                findings.hook(hook, refused(errno));
+                let [finding] = &findings.list[..] else { panic!("{:?}", findings.list) };
+                assert_eq!(finding.name, hook.name);
+                let (kind, status, refusal, cost) = match hook.without {
+                    Without::Refused => (0, Status::Missing, Some(code), "refused"),
+                    Without::RefusedWithPid => (1, Status::Degraded, None, "--pid is refused"),
+                    Without::Degraded(cost) => (2, Status::Degraded, None, cost),
+                };
+                kinds[kind] += 1;
+                assert_eq!((finding.status, findings.refusal), (status, refusal), "{finding:?}");
+                assert!(finding.means.contains(cost) && finding.means.contains("cannot attach"), "{finding:?}");
+                // Which kernel has what tracing cannot do without is not known.
+                match &finding.mend {
+                    None => assert_eq!((status, errno), (Status::Missing, libc::ENOENT), "{finding:?}"),
+                    Some(said) => assert!(said.starts_with(mend), "{finding:?}"),
+                }
+            }
+            assert_eq!(kinds, [4, 2, 5]);
+        }
+        let mut findings = Findings::default();
+        hooks.iter().for_each(|hook| findings.hook(hook, Ok(())));
+        assert!(findings.list.iter().all(|finding| finding.status == Status::Ok) && findings.refusal.is_none());
     }
 
     #[test]

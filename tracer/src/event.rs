@@ -49,7 +49,7 @@ pub struct Start {
     pub time_wait: Option<u64>,
     /// How many there may be (`tcp_max_tw_buckets`), likewise.
     pub time_wait_max: Option<u64>,
-    /// What is missing on this host and what that costs.
+    /// What is missing on this host, or left out by `--no-sandbox`, and what that costs.
     pub degraded: Vec<String>,
 }
 

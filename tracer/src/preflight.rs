@@ -203,8 +203,10 @@ pub(crate) fn without_sock_diag(error: &std::io::Error) -> String {
 
 /// What it costs (`cost`) that `hook` was refused.
 pub(crate) fn without_hook(hook: &str, cost: &str, error: &anyhow::Error) -> String {
-    let remedy = if denied(error) { "run tracer on the host, outside of it" } else { "run a kernel that has it" };
-    let why = if denied(error) { format!("; {}", policy()) } else { String::new() };
+    let (why, remedy) = match denied(error).then(policy) {
+        Some((policy, remedy)) => (format!("; {policy}"), remedy),
+        None => (String::new(), "run a kernel that has it"),
+    };
     // The verifier's report, if there is one, is no part of this.
     let error = one_line(&format!("{error:#}"));
     format!("without {hook} {cost} ({error}{why}); {remedy}")
@@ -305,10 +307,10 @@ pub fn explain(error: anyhow::Error) -> Refusal {
     };
     let release = kernel_release();
     if denied(&error) {
-        let policy = policy();
+        let (policy, remedy) = policy();
         return Refusal {
             code: exit::POLICY,
-            message: format!("kernel {release} refused: {error:#}\n{policy}; run tracer on the host, outside of it"),
+            message: format!("kernel {release} refused: {error:#}\n{policy}; {remedy}"),
         };
     }
     Refusal { code: exit::KERNEL, message: format!("kernel {release} refused: {error:#}") }
@@ -325,12 +327,21 @@ fn denied(error: &anyhow::Error) -> bool {
     denied && !error.chain().any(|cause| cause.to_string().contains("processed "))
 }
 
-/// Which policy that is, as far as it can be told.
-fn policy() -> String {
-    lockdown().map_or_else(
-        || "a security policy (LSM, seccomp, a container's profile) forbids it".to_owned(),
-        |mode| format!("kernel lockdown is in {mode} mode"),
-    )
+/// Which policy that is, as far as it can be told, and what to do about it. Lockdown is the host's, wherever tracer runs; but that
+/// there is one does not say that it was the one that refused.
+fn policy() -> (String, &'static str) {
+    match lockdown() {
+        None => (
+            "a security policy (LSM, seccomp, a container's profile) forbids it".to_owned(),
+            "run tracer on the host, outside of it",
+        ),
+        Some(mode) => (
+            format!(
+                "kernel lockdown is in {mode} mode, or another security policy (seccomp, a container's profile) forbids it"
+            ),
+            "run tracer on the host, outside of a container, or boot without lockdown (on many distributions: without Secure Boot)",
+        ),
+    }
 }
 
 /// Whether process ids here are the host's: the initial pid namespace has a fixed inode number

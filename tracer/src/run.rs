@@ -76,9 +76,16 @@ const LOSS_CHECK: Duration = Duration::from_secs(1);
 /// # Errors
 /// A [`Refusal`] before the start, or what failed while running.
 pub fn run(mut options: Options) -> Result<()> {
-    let host = preflight::check()?;
+    let mut host = preflight::check()?;
+    if options.sandbox {
+        host.degraded.append(&mut sandbox::support().missing());
+    }
     for missing in &host.degraded {
         warn!("{missing}");
+    }
+    if !options.sandbox {
+        // It was asked for: no reason to warn.
+        host.degraded.push(sandbox::UNCONFINED.to_owned());
     }
     // Before anything is opened that it could hold. Without `/proc` it would have nothing to look at, and cannot be started.
     let broker = match std::fs::symlink_metadata("/proc/self/exe") {

@@ -15,6 +15,7 @@ use std::{fmt, io};
 use anyhow::{Context as _, Result};
 use landlock::{ABI, Access as _, AccessFs, AccessNet, BitFlags, Ruleset, RulesetAttr as _, Scope};
 use log::debug;
+use rustix::io::Errno;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
@@ -31,33 +32,66 @@ pub enum Part {
     Broker,
 }
 
-/// What this kernel offers; displayed, it also says how to mend what is missing.
+/// What this kernel offers, or how it refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Support {
-    /// The version of Landlock's interface, 1 or more; `None`: the kernel has none, or it was not enabled at boot.
-    pub landlock: Option<u32>,
+    /// The version of Landlock's interface, 1 or more.
+    pub landlock: Result<u32, Errno>,
     /// Filters of system calls, with `EPERM` as an answer.
-    pub seccomp: bool,
+    pub seccomp: Result<(), Errno>,
 }
 
 impl fmt::Display for Support {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.landlock {
-            Some(abi) => write!(f, "Landlock (interface {abi}), ")?,
-            None => {
-                f.write_str("no Landlock (Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and landlock in lsm= at boot), ")?
-            }
+            Ok(interface) => write!(f, "Landlock (interface {interface}), ")?,
+            Err(_) => f.write_str("no Landlock, ")?,
         }
-        f.write_str(if self.seccomp { "seccomp" } else { "no seccomp (CONFIG_SECCOMP_FILTER)" })
+        f.write_str(if self.seccomp.is_ok() { "seccomp" } else { "no seccomp" })
     }
 }
+
+impl Support {
+    /// What is missing: of each part what that costs, and how to mend it, as the messages of [`crate::preflight`]. It costs no answer.
+    pub fn missing(&self) -> Vec<String> {
+        const BY_FILTER: &str = "let the filter of system calls that it runs under (of a container, of a unit) allow";
+        let mut missing = Vec::new();
+        if let Err(error) = self.landlock {
+            let by = if self.seccomp.is_ok() { "by seccomp alone" } else { "by the lack of capabilities alone" };
+            let mend = match error {
+                Errno::OPNOTSUPP => "add landlock to lsm= on the kernel's command line".to_owned(),
+                Errno::PERM | Errno::ACCESS => {
+                    format!("{BY_FILTER} landlock_create_ruleset and landlock_restrict_self")
+                }
+                _ => "run Linux 5.13 or later with CONFIG_SECURITY_LANDLOCK=y, and landlock in lsm=".to_owned(),
+            };
+            missing.push(format!(
+                "without Landlock ({error}) the process that reads records is kept from files and other processes {by}; {mend}"
+            ));
+        }
+        if let Err(error) = self.seccomp {
+            let mend = match error {
+                Errno::PERM | Errno::ACCESS => format!("{BY_FILTER} seccomp"),
+                _ => "run a kernel with CONFIG_SECCOMP_FILTER=y".to_owned(),
+            };
+            missing.push(format!(
+                "without seccomp ({error}) both processes may make whatever system call their capabilities allow; {mend}"
+            ));
+        }
+        missing
+    }
+}
+
+/// The same, where nothing is missing but confinement is not wanted.
+pub const UNCONFINED: &str = "with --no-sandbox neither Landlock nor seccomp confines tracer, only that it has given up \
+                              capabilities; leave --no-sandbox out";
 
 /// Finds out what confinement is possible. Changes nothing.
 pub fn support() -> Support {
     /// `include/uapi/linux/landlock.h`
     const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
     // SAFETY: with this flag the kernel answers a number; it reads and writes no memory.
-    let abi = unsafe {
+    let interface = unsafe {
         libc::syscall(
             libc::SYS_landlock_create_ruleset,
             std::ptr::null::<u8>(),
@@ -65,12 +99,21 @@ pub fn support() -> Support {
             LANDLOCK_CREATE_RULESET_VERSION,
         )
     };
+    let landlock = answer(interface).and_then(|interface| u32::try_from(interface).map_err(|_| Errno::INVAL));
     let action = libc::SECCOMP_RET_ERRNO;
     // SAFETY: the kernel reads one number, which outlives the call.
-    let seccomp = unsafe {
+    let available = unsafe {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0u32, std::ptr::from_ref::<u32>(&action))
     };
-    Support { landlock: u32::try_from(abi).ok().filter(|abi| *abi > 0), seccomp: seccomp == 0 }
+    Support { landlock, seccomp: answer(available).map(|_| ()) }
+}
+
+/// What a system call answered that was just made.
+fn answer(result: libc::c_long) -> Result<libc::c_long, Errno> {
+    if result >= 0 {
+        return Ok(result);
+    }
+    Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::NOSYS))
 }
 
 /// Confines the calling thread and all that it starts, for good, as far as this kernel can.
@@ -81,18 +124,22 @@ pub fn confine(part: Part) -> Result<()> {
     let support = support();
     debug!("confinement: {support}");
     if let Part::Reader { ends_children } = part
-        && support.landlock.is_some()
+        && support.landlock.is_ok()
     {
         landlock(ends_children).context("Landlock refused; --no-sandbox does without")?;
     }
-    if support.seccomp {
+    if support.seccomp.is_ok() {
         seccomp(part).context("seccomp refused; --no-sandbox does without")?;
     }
     Ok(())
 }
 
-/// No files, no ports, and no signals or abstract sockets beyond this process: a list of rights, and nothing that has them.
-fn landlock(ends_children: bool) -> Result<()> {
+/// The part of [`confine`] that is Landlock's: no files, no ports, and no signals or abstract sockets beyond this process. A
+/// list of rights, and nothing that has them. By itself only in tests: under the filter little of it can be told from the filter.
+///
+/// # Errors
+/// The kernel refused, or has no Landlock.
+pub fn landlock(ends_children: bool) -> Result<()> {
     // Older kernels leave out what they do not know.
     let abi = ABI::V7;
     let scopes = if ends_children { BitFlags::from(Scope::AbstractUnixSocket) } else { Scope::from_all(abi) };
@@ -311,8 +358,35 @@ mod tests {
     #[test]
     fn this_kernel_has_what_it_takes() {
         let Support { landlock, seccomp } = support();
-        assert!(seccomp && landlock.is_none_or(|abi| abi >= 1));
-        assert_eq!(Support { landlock: Some(7), seccomp }.to_string(), "Landlock (interface 7), seccomp");
+        assert!(seccomp.is_ok() && landlock.is_ok_and(|interface| interface >= 1), "{landlock:?} {seccomp:?}");
+    }
+
+    #[test]
+    fn what_is_missing_can_be_mended() {
+        let all = Support { landlock: Ok(7), seccomp: Ok(()) };
+        assert_eq!(all.to_string(), "Landlock (interface 7), seccomp");
+        assert!(all.missing().is_empty());
+        let one = |support: Support| match &support.missing()[..] {
+            [message] => message.clone(),
+            missing => panic!("not one: {missing:?}"),
+        };
+        for (error, mend) in [
+            (Errno::NOSYS, "; run Linux 5.13 or later with CONFIG_SECURITY_LANDLOCK=y, and landlock in lsm="),
+            (Errno::OPNOTSUPP, "; add landlock to lsm= on the kernel's command line"),
+            (Errno::PERM, " allow landlock_create_ruleset and landlock_restrict_self"),
+        ] {
+            let message = one(Support { landlock: Err(error), ..all });
+            assert!(message.contains("by seccomp alone; ") && message.ends_with(mend), "{message}");
+        }
+        for (error, mend) in
+            [(Errno::INVAL, "; run a kernel with CONFIG_SECCOMP_FILTER=y"), (Errno::PERM, " allow seccomp")]
+        {
+            let message = one(Support { seccomp: Err(error), ..all });
+            assert!(message.starts_with("without seccomp") && message.ends_with(mend), "{message}");
+        }
+        let neither = Support { landlock: Err(Errno::NOSYS), seccomp: Err(Errno::INVAL) };
+        assert_eq!((neither.missing().len(), neither.to_string()), (2, "no Landlock, no seccomp".to_owned()));
+        assert!(!neither.missing()[0].contains("by seccomp"), "{neither}");
     }
 
     #[test]
@@ -326,19 +400,6 @@ mod tests {
         });
         let no = Some(libc::EPERM);
         assert_eq!((file, socket, process, thread), (no, no, no, 7));
-    }
-
-    #[test]
-    fn landlock_alone_keeps_files_from_the_reader() {
-        if support().landlock.is_none() {
-            return;
-        }
-        let opened = std::thread::spawn(|| {
-            rustix::thread::set_no_new_privs(true).expect("the kernel has it");
-            landlock(false).expect("the kernel has it");
-            (errno(std::fs::File::open("/proc/self/stat")), errno(std::fs::File::open("/dev/null")))
-        });
-        assert_eq!(opened.join().expect("it does not panic"), (Some(libc::EACCES), Some(libc::EACCES)));
     }
 
     #[test]

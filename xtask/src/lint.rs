@@ -1,9 +1,9 @@
 //! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs; and
-//! whether each dependency has its reason in docs/dependencies.md.
+//! whether each dependency has its reason in docs/dependencies.md; and what systemd says of the unit.
 
 use anyhow::Result;
 
-use crate::{deny, ebpf, workspace};
+use crate::{deny, ebpf, unit, workspace};
 
 pub(crate) fn lint() -> Result<()> {
     workspace::succeed(workspace::cargo().args(["fmt", "--all", "--check"]))?;
@@ -23,5 +23,6 @@ pub(crate) fn lint() -> Result<()> {
         workspace::succeed(&mut clippy)?;
     }
     deny::list()?;
+    unit::check()?;
     ebpf::clippy()
 }

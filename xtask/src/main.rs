@@ -14,6 +14,7 @@ mod oracle;
 mod run;
 mod soak;
 mod test;
+mod unit;
 mod vm;
 mod workspace;
 

@@ -6,7 +6,7 @@ use anyhow::Result;
 use crate::workspace::{self, Program};
 
 /// What the kernel tests drive, and the Debian package that has it.
-const PROGRAMS: [Program; 12] = [
+const PROGRAMS: [Program; 13] = [
     ("ab", "apache2-utils"),
     // Not `apache2`: that one would also start a server on port 80.
     ("apache2", "apache2-bin"),
@@ -20,6 +20,8 @@ const PROGRAMS: [Program; 12] = [
     ("python3", "python3"),
     ("setpriv", "util-linux"),
     ("ss", "iproute2"),
+    // Its lists of system calls.
+    ("systemd-analyze", "systemd"),
 ];
 
 /// What the page of a recording is looked at with.

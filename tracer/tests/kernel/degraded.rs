@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tracer::connection::Connections;
 use tracer::decode::decode;
+use tracer::doctor;
 use tracer::event::Event;
 use tracer::kernel::{self, Ask, Attached, Hook, Kernel, Place};
 use tracer::preflight::{self, exit};
@@ -273,6 +274,30 @@ fn what_is_left_in_a_ring_without_sched_process_exit() {
     );
     // The other end closed by itself.
     expect(&tracer.close(client, port), &json!({ "closed_by": "remote", "cause": "request_close" }));
+}
+
+#[test]
+fn doctor_says_what_tracing_says() {
+    const MISSING: [&str; 2] = ["tp_btf/tcp_send_reset", "tp_btf/sched_process_exit"];
+    let hooks = hooks_without(&MISSING);
+    let report = doctor::examine_with(&hooks, true);
+    let report = serde_json::to_value(report).expect("JSON");
+    expect(&report, &json!({ "verdict": "degraded", "exit_code": exit::DEGRADED }));
+    let said: Vec<_> = MISSING
+        .iter()
+        .map(|missing| {
+            let mut findings = report["findings"].as_array().expect("a list").iter();
+            let finding = findings.find(|finding| finding["name"] == *missing).expect("it was tried");
+            assert_eq!(finding["status"], "degraded");
+            format!("{}; {}", finding["means"].as_str().expect("text"), finding["mend"].as_str().expect("text"))
+        })
+        .collect();
+    let others = hooks.iter().map(|hook| hook.name).filter(|hook| !MISSING.contains(hook));
+    for other in others {
+        let mut findings = report["findings"].as_array().expect("a list").iter();
+        assert!(findings.any(|finding| finding["name"] == other && finding["status"] == "ok"), "{other}: {report:#}");
+    }
+    assert_eq!(Blinded::without_all(&MISSING, free_port()).attached.kernel.degraded, said);
 }
 
 #[test]

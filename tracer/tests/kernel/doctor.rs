@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::rig::{Listener, PATIENCE, expect, get, ok, tracer};
+use crate::unit::under_the_filters_without;
 
 /// The binary, where an unprivileged user can reach it.
 fn reachable() -> (TempDir, String) {
@@ -250,6 +251,66 @@ fn a_hierarchy_that_is_not_mounted() {
     assert!(findings(&found, "cgroup2")[0]["mend"].to_string().contains("mount -t cgroup2"), "{found:#}");
     let refused = in_mounts_where(&format!("{gone}; exec {FEW} $tracer run"), &binary);
     assert_eq!(refused.status.code(), Some(6), "{}", String::from_utf8_lossy(&refused.stderr));
+}
+
+#[test]
+fn without_the_compiler_of_programs() {
+    let (_directory, binary) = reachable();
+    let off = "echo 0 > ${tracer%/*}/off; mount --bind ${tracer%/*}/off /proc/sys/net/core/bpf_jit_enable";
+    let found = report(&in_mounts_where(&format!("{off}; exec $tracer doctor --json"), &binary), 0);
+    expect(&found, &json!({ "verdict": "degraded" }));
+    let finding = findings(&found, "jit")[0];
+    expect(finding, &json!({ "status": "degraded", "mend": "sysctl -w net.core.bpf_jit_enable=1" }));
+    let output = in_mounts_where(&format!("{off}; exec $tracer run --json --duration 10ms"), &binary);
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let start: Value = serde_json::from_str(stdout.lines().next().expect("a line")).expect("JSON");
+    let message = format!("{}; sysctl -w net.core.bpf_jit_enable=1", finding["means"].as_str().expect("text"));
+    assert!(start["degraded"].as_array().expect("a list").contains(&json!(message)), "{start:#}");
+    assert!(stderr.contains(&message), "{stderr}");
+    // Another network namespace has no such setting, which is no fault.
+    let found = report(&in_mounts_where("exec unshare --net $tracer doctor --json", &binary), 0);
+    assert_eq!((status(&found, "jit"), &found["verdict"]), ("unknown", &json!("works")), "{found:#}");
+}
+
+/// The mode is made up, as this kernel may have no lockdown; what a refusal is then taken for is not.
+#[test]
+fn under_lockdown() {
+    let (_directory, binary) = reachable();
+    for mode in ["integrity", "confidentiality"] {
+        let modes = "none integrity confidentiality".replace(mode, &format!("[{mode}]"));
+        let lock =
+            format!("mount -t tmpfs security /sys/kernel/security; echo '{modes}' > /sys/kernel/security/lockdown");
+        let found = report(&in_mounts_where(&format!("{lock}; exec $tracer doctor --json"), &binary), 0);
+        let lockdown = findings(&found, "lockdown")[0];
+        assert!(lockdown["status"] == "ok" && lockdown["means"].to_string().contains(mode), "{lockdown}");
+        // It is not blamed for anything: whatever it does not forbid works.
+        assert!(HOOKS.iter().all(|hook| status(&found, hook) == "ok"), "{found:#}");
+        assert_eq!(found["verdict"], "works", "{found:#}");
+
+        let refused = |arguments: &[&str]| {
+            let in_mounts = ["--mount", "--propagation", "private", "sh", "-ec"];
+            let mut command = Command::new("unshare");
+            command.args(in_mounts).args([&format!("{lock}; exec \"$@\""), "sh"]);
+            command.args(under_the_filters_without("bpf")).arg(&binary).args(arguments).output().expect("unshare runs")
+        };
+        let found = report(&refused(&["doctor", "--json"]), 7);
+        expect(&found, &json!({ "verdict": "refused" }));
+        let maps = findings(&found, "maps")[0];
+        assert!(maps["status"] == "missing" && maps["mend"].to_string().contains("lockdown"), "{maps}");
+        assert!(maps["means"].to_string().contains(&format!("kernel lockdown is in {mode} mode")), "{maps}");
+        assert!(HOOKS.iter().all(|hook| status(&found, hook) == "unknown"), "{found:#}");
+        let output = refused(&["run"]);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(7), "{stderr}");
+        assert!(stderr.contains(&format!("kernel lockdown is in {mode} mode")), "{stderr}");
+    }
+    // Where there is none, or the file is something else, nothing is said of a mode.
+    for modes in ["[none] integrity confidentiality", "garbage"] {
+        let lock =
+            format!("mount -t tmpfs security /sys/kernel/security; echo '{modes}' > /sys/kernel/security/lockdown");
+        let found = report(&in_mounts_where(&format!("{lock}; exec $tracer doctor --json"), &binary), 0);
+        expect(findings(&found, "lockdown")[0], &json!({ "status": "ok", "means": "none" }));
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::sync::LazyLock;
 
 use serde_json::{Value, json};
+use tracer::sandbox::{self, Support};
 
 use crate::rig::{expect, tracer};
 
@@ -156,18 +157,19 @@ fn this_kernel_has_what_its_version_brought() {
     let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let findings = report["findings"].as_array().expect("a list");
     let finding = |name: &str| findings.iter().find(|one| one["name"] == name);
-    let sandbox = finding("sandbox").expect("it is looked for")["means"].as_str().expect("text").to_owned();
-    let interface = sandbox.split_once("interface ").and_then(|(_, rest)| rest.split(')').next()?.parse().ok());
+    let Support { landlock, seccomp } = sandbox::support();
+    let confined = finding("sandbox").expect("it is looked for")["status"] == "ok";
+    assert_eq!(confined, landlock.is_ok() && seccomp.is_ok(), "{report:#}");
     let mut all = true;
     for (feature, _) in FEATURES {
         let found = match finding(feature) {
             Some(finding) => finding["status"] == "ok",
-            None if feature == SECCOMP => !sandbox.contains("no seccomp"),
+            None if feature == SECCOMP => seccomp.is_ok(),
             None if feature == MAPS_WITHOUT_CAPABILITY => maps_without_capability(),
             None => {
                 let wanted: u32 =
                     feature.trim_matches(|c: char| !c.is_ascii_digit()).parse().expect("a finding, or an interface");
-                interface.is_some_and(|interface: u32| interface >= wanted)
+                landlock.is_ok_and(|interface| interface >= wanted)
             }
         };
         all &= !lacks(feature, found);

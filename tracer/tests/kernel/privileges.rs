@@ -59,12 +59,21 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         for (name, status) in threads(broker_of(&tracer)) {
             assert_eq!(status, json!({ "sets": [NONE, TWO], "nnp": "1", "seccomp": seccomp }), "{name}");
         }
-        tracer.stop();
+        let run = tracer.stop();
+        // Nobody needs to be warned of what was asked for; who reads the events knows.
+        let degraded = run.events[0]["degraded"].as_array().expect("a list");
+        let said = degraded.iter().any(|missing| missing.to_string().contains("--no-sandbox"));
+        assert_eq!(said, option.is_some(), "{degraded:?}");
     }
 }
 
 /// Nobody, with these capabilities and no others: `setpriv` and a copy of the binary that nobody can reach.
 pub(crate) fn nobody_with(capabilities: &str, directory: &Path) -> Command {
+    nobody_by(capabilities, directory, &[])
+}
+
+/// The same; `by` is a program with arguments that becomes the binary.
+pub(crate) fn nobody_by(capabilities: &str, directory: &Path, by: &[String]) -> Command {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.join("tracer");
     fs::copy(tracer().get_program(), &binary).expect("it can be copied");
@@ -73,7 +82,7 @@ pub(crate) fn nobody_with(capabilities: &str, directory: &Path) -> Command {
     for set in ["inh-caps", "ambient-caps", "bounding-set"] {
         command.arg(format!("--{set}=-all,{capabilities}"));
     }
-    command.arg(binary);
+    command.args(by).arg(binary);
     command
 }
 

@@ -178,7 +178,7 @@ fn only_entry(directory: &Path) -> Option<PathBuf> {
 }
 
 /// What a guest runs, as Debian's packages; what they need comes with them.
-const PROGRAMS: [&str; 26] = [
+const PROGRAMS: [&str; 27] = [
     "apache2-bin",
     "apache2-utils",
     "base-files",
@@ -204,6 +204,7 @@ const PROGRAMS: [&str; 26] = [
     "procps",
     "python3",
     "sed",
+    "systemd",
     "util-linux",
 ];
 
