@@ -71,7 +71,7 @@ pub(crate) fn run(
     let mut qemu = Command::new("setpriv");
     // It ends with this process, however that ends.
     qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
-        .args(["-machine", "q35,hpet=off", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "4096", "-cpu", cpu])
+        .args(["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "4096", "-cpu", cpu])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .arg("-kernel")
         .arg(&kernel.image)
