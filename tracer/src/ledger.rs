@@ -203,13 +203,34 @@ struct Reading {
 }
 
 impl Reading {
+    /// What the kernel's files of these names say; the programs' counts are 0.
+    fn of(snmp: &str, sockstat: &str, sockstat6: &str, netstat: &str) -> anyhow::Result<Self> {
+        let missing = |what| anyhow::anyhow!("/proc/net has no {what}");
+        let [tw, killed, overflow] =
+            ["TW", "TWKilled", "TCPTimeWaitOverflow"].map(|name| in_table(netstat, "TcpExt:", name));
+        Ok(Self {
+            active: in_table(snmp, "Tcp:", "ActiveOpens").ok_or_else(|| missing("ActiveOpens"))?,
+            passive: in_table(snmp, "Tcp:", "PassiveOpens").ok_or_else(|| missing("PassiveOpens"))?,
+            in_use: in_line(sockstat, "TCP:", "inuse")
+                .ok_or_else(|| missing("TCP: inuse"))?
+                .saturating_add(in_line(sockstat6, "TCP6:", "inuse").unwrap_or(0)),
+            mini_sockets: tw.zip(killed).map(|(tw, killed)| tw.wrapping_add(killed)),
+            overflow,
+            ..Self::default()
+        })
+    }
+
     /// How far it moved until `later`, in sockets.
     fn moved(&self, later: &Self) -> u64 {
-        later.active.wrapping_sub(self.active)
-            + later.passive.wrapping_sub(self.passive)
-            + later.in_use.abs_diff(self.in_use)
-            + later.mini_sockets.unwrap_or(0).wrapping_sub(self.mini_sockets.unwrap_or(0))
-            + later.seen.wrapping_sub(self.seen)
+        [
+            later.active.wrapping_sub(self.active),
+            later.passive.wrapping_sub(self.passive),
+            later.in_use.abs_diff(self.in_use),
+            later.mini_sockets.unwrap_or(0).wrapping_sub(self.mini_sockets.unwrap_or(0)),
+            later.seen.wrapping_sub(self.seen),
+        ]
+        .into_iter()
+        .fold(0, u64::saturating_add)
     }
 }
 
@@ -286,19 +307,8 @@ impl Witness {
         let sockstat6 = sockstat6.as_ref().map_or(Ok(String::new()), text)?;
         let rows = rows()?;
         let sum = |column: Column| rows.iter().fold(0, |sum: u64, row| sum.wrapping_add(row[column as usize]));
-        let missing = |what| anyhow::anyhow!("/proc/net has no {what}");
-        let [tw, killed, overflow] =
-            ["TW", "TWKilled", "TCPTimeWaitOverflow"].map(|name| in_table(&netstat, "TcpExt:", name));
-        Ok(Reading {
-            active: in_table(&snmp, "Tcp:", "ActiveOpens").ok_or_else(|| missing("ActiveOpens"))?,
-            passive: in_table(&snmp, "Tcp:", "PassiveOpens").ok_or_else(|| missing("PassiveOpens"))?,
-            in_use: in_line(&sockstat, "TCP:", "inuse").ok_or_else(|| missing("TCP: inuse"))?
-                + in_line(&sockstat6, "TCP6:", "inuse").unwrap_or(0),
-            mini_sockets: tw.zip(killed).map(|(tw, killed)| tw.wrapping_add(killed)),
-            overflow,
-            seen: sum(Column::SeenHere),
-            listeners: sum(Column::ListenersHere),
-        })
+        let (seen, listeners) = (sum(Column::SeenHere), sum(Column::ListenersHere));
+        Ok(Reading { seen, listeners, ..Reading::of(&snmp, &sockstat, &sockstat6, &netstat)? })
     }
 }
 
@@ -308,8 +318,11 @@ fn reconcile(netns: u32, began: &Reading, now: &Reading, slack: u64) -> Reconcil
     let signed = |now: u64, began: u64| now.wrapping_sub(began).cast_signed();
     let active_opens = now.active.wrapping_sub(began.active);
     let passive_opens = now.passive.wrapping_sub(began.passive);
-    let closed = active_opens.wrapping_add(passive_opens).cast_signed() - signed(now.in_use, began.in_use)
-        + signed(now.listeners, began.listeners);
+    let closed = active_opens
+        .wrapping_add(passive_opens)
+        .cast_signed()
+        .wrapping_sub(signed(now.in_use, began.in_use))
+        .wrapping_add(signed(now.listeners, began.listeners));
     let since = |of: fn(&Reading) -> Option<u64>| of(now).zip(of(began)).map(|(now, began)| now.wrapping_sub(began));
     let (closed, seen) = (u64::try_from(closed).unwrap_or(0), now.seen.wrapping_sub(began.seen));
     Reconciled {
@@ -326,6 +339,14 @@ fn reconcile(netns: u32, began: &Reading, now: &Reading, slack: u64) -> Reconcil
         mini_sockets_agree: None,
         time_wait_overflow: since(|reading| reading.overflow),
     }
+}
+
+/// Compares any two texts that may be all the kernel's files in one: for the fuzz targets.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn compare_any(began: &str, now: &str) -> Option<Reconciled> {
+    let [began, now] = [began, now].map(|text| Reading::of(text, text, text, text).ok());
+    let (began, now) = began.zip(now)?;
+    Some(reconcile(0, &began, &now, began.moved(&now)))
 }
 
 /// Rounded down, so that 100 is said of all only, whatever the slack; above it where more was seen than can have closed.
