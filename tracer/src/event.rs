@@ -638,6 +638,8 @@ pub struct Reconciled {
     pub mini_sockets_seen: Option<u64>,
     /// Closes of which that is not known, likewise.
     pub mini_sockets_maybe: Option<u64>,
+    /// Whether as many were made as were seen to be; `null` where that cannot be told exactly: see `ledger::close_books`.
+    pub mini_sockets_agree: Option<bool>,
     /// `TCPTimeWaitOverflow`: TIME_WAIT had no room.
     pub time_wait_overflow: Option<u64>,
 }
@@ -651,6 +653,14 @@ impl Reconciled {
     /// All that closed was seen, as far as can be told.
     pub const fn seen_all(&self) -> bool {
         self.closed.abs_diff(self.seen) <= self.slack
+    }
+
+    /// How many mini-sockets the kernel made, and how many at least and at most were seen to be made, where these are known to
+    /// disagree.
+    pub fn wrong_mini_sockets(&self) -> Option<(u64, u64, u64)> {
+        let seen = self.mini_sockets_seen?;
+        let wrong = (self.mini_sockets?, seen, seen + self.mini_sockets_maybe?);
+        (self.mini_sockets_agree == Some(false)).then_some(wrong)
     }
 }
 

@@ -25,7 +25,7 @@ use crate::sink::summary::{About, Missed, Moment, Summarizer};
 use crate::sink::{Json, Page, Text};
 use crate::snapshot::{self, pressure, sockets, walk};
 use crate::time_wait::{self, Answer, SockDiag};
-use crate::{broker, descendants, preflight, run};
+use crate::{broker, descendants, ledger, preflight, run};
 
 /// No line is longer, whatever is in a record: paths are bounded, and nobody looks them up here.
 const LINE: usize = 16 << 10;
@@ -314,6 +314,22 @@ pub fn proc(data: &[u8]) {
     let _ = (preflight::mounted(&text), Mounts::parse(&text), walk::mounted(&text).count());
     let _ = (walk::inode(data, b"net:["), walk::inode(data, b"socket:["));
     let _ = (snapshot::counter(&text, "TCPTimeWaitOverflow"), run::sockets_in_time_wait(&text));
+    // As the kernel's counters, before and after.
+    let (began, now) = text.split_once("\n\n").unwrap_or((&text, &text));
+    if let Some(reconciled) = ledger::compare_any(began, now) {
+        // The programs have seen nothing here.
+        assert_eq!(reconciled.percent, (reconciled.closed > 0).then_some(0.0), "{reconciled:?}");
+    }
+    // As something else in these files: what is wanted is found beside it.
+    if !data.contains(&b'\n') {
+        let files = format!(
+            "Tcp: ActiveOpens PassiveOpens\nTcp: 3 4 {text}\nIp: {text}\nIp: {text}\nTCP: inuse 5 {text}\nTCP6: inuse 6 {text}\n\
+             TcpExt: TW TWKilled\nTcpExt: 7 8 {text}\n"
+        );
+        let later = files.replacen("inuse 5", "inuse 2", 1);
+        let reconciled = ledger::compare_any(&files, &later).expect("all is there");
+        assert_eq!((reconciled.closed, reconciled.slack), (3, 3));
+    }
     for (first, last) in
         pressure::parse_range(&text).into_iter().chain(pressure::parse_reserved(&text).unwrap_or_default())
     {

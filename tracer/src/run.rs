@@ -106,7 +106,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
 
     let Attached { mut kernel, ring, looks_until, log } =
         Kernel::attach(&options.ask, &host.cgroup, &host.offsets).map_err(preflight::explain)?;
-    let books = Books::open(&kernel);
+    let (books, without_witness) = Books::open(&kernel);
     // Not before: what is there already is not replaced by the recording of a run that could not begin.
     let recording = match &options.record {
         Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
@@ -126,6 +126,10 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let mut sock_diag = sock_diag.unwrap_or_else(SockDiag::unable);
     if let Err(error) = sock_diag.probe() {
         let missing = preflight::without_sock_diag(&error);
+        warn!("{missing}");
+        degraded.push(missing);
+    }
+    if let Some(missing) = without_witness {
         warn!("{missing}");
         degraded.push(missing);
     }
@@ -289,18 +293,18 @@ struct Books {
 }
 
 impl Books {
-    /// To be called once the programs are attached.
-    fn open(kernel: &Kernel) -> Self {
-        // Without `/proc` it is not known; the host's check has said so.
-        let here = time_wait::own_namespace().ok();
-        let witness = here.and_then(|netns| {
-            Witness::begin(netns, || kernel.ledger())
-                .inspect_err(|error| {
-                    warn!("the kernel's own counters cannot be read, so closes are not compared with them: {error:#}")
-                })
-                .ok()
-        });
-        Self { here, witness, tally: Tally::default() }
+    /// To be called once the programs are attached. Also says so if there is nothing to compare closes with.
+    fn open(kernel: &Kernel) -> (Self, Option<String>) {
+        let here = time_wait::own_namespace();
+        let begun = here
+            .as_ref()
+            .map_err(|error| anyhow::anyhow!("/proc/self/ns/net: {error}"))
+            .and_then(|netns| Witness::begin(*netns, || kernel.ledger()));
+        let (witness, missing) = match begun {
+            Ok(witness) => (Some(witness), None),
+            Err(error) => (None, Some(ledger::without_witness(&error))),
+        };
+        (Self { here: here.ok(), witness, tally: Tally::default() }, missing)
     }
 
     /// Leaves out what does not pass the filter.

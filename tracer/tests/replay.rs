@@ -508,6 +508,7 @@ fn the_books_of_a_summary() {
         mini_sockets: Some(6_000),
         mini_sockets_seen: None,
         mini_sockets_maybe: None,
+        mini_sockets_agree: None,
         time_wait_overflow: Some(0),
     };
     let books = Ledger {
@@ -524,7 +525,7 @@ fn the_books_of_a_summary() {
         cpus: vec![LedgerRow { cpu: 1, seen: 12_034, emitted: 12_004, filtered: 30, lost: 0, untracked: 0 }],
         reconciled: Some(reconciled.clone()),
     };
-    let shown = |ledger: Ledger| {
+    let lines = |ledger: Ledger| {
         let began = Instant::now();
         let ledger = Some(Box::new(ledger));
         let moment = Moment { time: noon(), now: began, missed: Missed::default(), time_wait_sockets: None, ledger };
@@ -534,7 +535,11 @@ fn the_books_of_a_summary() {
             (ledger.written, ledger.balanced) = (given.written, given.balanced);
         }
         let text = print_text(&[Event::Summary(Box::new(summary))]);
-        text.lines().nth(1).expect("the books").trim_start().to_owned()
+        text.lines().skip(1).map(|line| line.trim_start().to_owned()).collect::<Vec<_>>()
+    };
+    let shown = |ledger: Ledger| {
+        let [line] = &lines(ledger)[..] else { panic!("one line") };
+        line.clone()
     };
     let with =
         |percent: f64, seen: u64, slack: u64| Reconciled { percent: Some(percent), seen, slack, ..reconciled.clone() };
@@ -552,8 +557,34 @@ fn the_books_of_a_summary() {
     let lost =
         Ledger { seen: 5, written: 1, filtered_kernel: 0, filtered_user: 0, lost: 3, waiting: 1, ..books.clone() };
     assert_eq!(shown(Ledger { reconciled: None, ..lost }), "5 seen = 1 written + 1 to come + 3 lost");
-    let wrong = Ledger { balanced: false, reconciled: None, ..books };
+    let wrong = Ledger { balanced: false, reconciled: None, ..books.clone() };
     assert_eq!(shown(wrong), format!("{sum}: THIS DOES NOT ADD UP"));
+    // More TIME_WAIT by the kernel's counters than was seen.
+    let [seen, maybe] = [Some(5_990), Some(9)];
+    let more = Reconciled { mini_sockets_seen: seen, mini_sockets_maybe: maybe, ..reconciled };
+    let agree =
+        |agree| Ledger { reconciled: Some(Reconciled { mini_sockets_agree: agree, ..more.clone() }), ..books.clone() };
+    assert_eq!(lines(agree(None)).len(), 1);
+    assert_eq!(lines(agree(Some(true))).len(), 1);
+    assert_eq!(
+        lines(agree(Some(false)))[1..],
+        ["the kernel left 6,000 sockets in TIME_WAIT or FIN_WAIT2 there, 5,990 to 5,999 were seen"]
+    );
+    // Where something is lost, or does not add up, the CPUs are told apart.
+    let row =
+        |cpu: usize, lost: u64| LedgerRow { cpu, seen: 1_000 + lost, emitted: 990, filtered: 10, lost, untracked: 0 };
+    let (two, cpus) = (vec![row(0, 0), row(3, 2)], ["CPU 0: 1,000 seen = 990 recorded + 10 filtered + 0 lost"]);
+    let said = lines(Ledger { cpus: two.clone(), lost: 2, reconciled: None, ..books.clone() });
+    assert_eq!(said[1..], [cpus[0], "CPU 3: 1,002 seen = 990 recorded + 10 filtered + 2 lost"]);
+    assert_eq!(lines(Ledger { cpus: two, reconciled: None, ..books.clone() }).len(), 1, "nothing is lost");
+    let forgotten = vec![row(0, 0), LedgerRow { filtered: 0, ..row(1, 0) }];
+    let said = lines(Ledger { cpus: forgotten, balanced: false, reconciled: None, ..books.clone() });
+    assert_eq!(said[1..], [cpus[0], "CPU 1: 1,000 seen = 990 recorded + 0 lost: THIS DOES NOT ADD UP"]);
+    // Of very many, those that lost most.
+    let many = (0..100).map(|cpu| row(cpu, 100 - cpu as u64)).collect();
+    let said = lines(Ledger { cpus: many, lost: 5_050, reconciled: None, ..books });
+    assert_eq!(said.len(), 1 + 16 + 1);
+    assert!(said[16].starts_with("CPU 15: ") && said[17].starts_with("84 other CPUs"), "{said:#?}");
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! `cargo xtask lint`: formatting, and clippy without a warning, for the host, the fuzz targets and the kernel programs; and
-//! whether each dependency has its reason in docs/dependencies.md; and what systemd says of the unit.
+//! whether each dependency has its reason in docs/dependencies.md; what systemd says of the unit; and whether the patch of
+//! SECURITY.md still applies.
 
-use anyhow::Result;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
 
 use crate::{deny, ebpf, unit, workspace};
 
@@ -24,5 +27,10 @@ pub(crate) fn lint() -> Result<()> {
     }
     deny::list()?;
     unit::check()?;
+    let mut patch = Command::new("git");
+    patch.current_dir(workspace::root()).args(["apply", "--check", "docs/privacy-mutation.patch"]);
+    workspace::succeed(&mut patch).context(
+        "the patch that breaks the head scanner must be made anew: see SECURITY.md, \"What leaves the kernel\"",
+    )?;
     ebpf::clippy()
 }

@@ -18,6 +18,7 @@ use crate::rig::{
     Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_socket, ok, port_of, run, tracer, wait_until,
 };
 use crate::script::Script;
+use crate::summary::launcher_of;
 
 /// Some connections, one after another, each closed by the server first.
 fn traffic(listener: &Listener, count: usize) -> Vec<(u16, u16)> {
@@ -143,6 +144,82 @@ fn a_broker_that_hangs() {
     tracer.signal(Signal::KILL);
     drop(tracer);
     wait_until("the broker to go", || matches!(state_of(broker), None | Some('Z')));
+}
+
+fn kill(pid: u32) {
+    kill_process(Pid::from_raw(pid.cast_signed()).expect("an id"), Signal::KILL).expect("it runs");
+}
+
+fn has_ended(pid: u32) -> bool {
+    matches!(state_of(pid), None | Some('Z'))
+}
+
+/// A tracer that runs this command where a few sockets are in TIME_WAIT; in a namespace of its own, so that nobody else's count.
+fn with_exec(namespace: &Namespace, command: &str) -> (Listener, Tracer) {
+    namespace.enter(|| {
+        let listener = Listener::new();
+        let port = listener.port.to_string();
+        let alerts = ["--alert-time-wait", "2", "--alert-rate", "0.2", "--exec", command];
+        let tracer = Tracer::start(&[&["--port", &port][..], &alerts].concat());
+        (listener, tracer)
+    })
+}
+
+#[test]
+fn sigkill_of_the_launcher() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let ran = directory.path().join("ran");
+    let namespace = Namespace::new("launcher");
+    let (listener, tracer) = with_exec(&namespace, &format!("touch {}", ran.display()));
+    let launcher = launcher_of(&tracer);
+    kill(launcher);
+    wait_until("the launcher to go", || has_ended(launcher));
+    // Two alerts, of which neither finds it.
+    namespace.enter(|| traffic(&listener, 3));
+    for metric in ["time_wait", "rate"] {
+        tracer.wait_for("an alert", |events| {
+            events.iter().any(|event| event["type"] == "alert" && event["metric"] == metric).then_some(())
+        });
+    }
+    for (server, client) in namespace.enter(|| traffic(&listener, 3)) {
+        expect(&tracer.wait_for_close(server, client), &json!({ "cause": "request_close", "final": "time_wait" }));
+        expect(&tracer.wait_for_close(client, server), &json!({ "cause": "request_close" }));
+    }
+    wait_until("a warning", || tracer.stderr().contains("--exec"));
+    // One more check, at least.
+    std::thread::sleep(Duration::from_millis(1_500));
+    let said = tracer.stderr();
+    assert_eq!((said.matches("--exec").count(), said.matches("is gone").count()), (1, 1), "{said}");
+    assert_eq!(tracer.stop().summary["closes"], 12);
+    assert!(!ran.exists(), "nothing was there to run it");
+}
+
+#[test]
+fn sigkill_while_the_command_of_exec_runs() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    // It ends when it is told to, or the directory goes.
+    let command = format!(
+        "echo $$ > {0}/new; mv {0}/new {0}/pid; while [ -e {0}/pid ] && [ ! -e {0}/end ]; do sleep 0.05; done; cat > {0}/new; mv {0}/new {0}/got",
+        directory.path().display()
+    );
+    let namespace = Namespace::new("exec");
+    let (listener, tracer) = with_exec(&namespace, &command);
+    namespace.enter(|| traffic(&listener, 3));
+    wait_until("the command to run", || path("pid").exists());
+    let command: u32 = fs::read_to_string(path("pid")).expect("it is there").trim().parse().expect("an id");
+    let (held, children) = (held_by(tracer.pid()), children_of(tracer.pid()));
+    assert!(children.len() == 2 && children.contains(&launcher_of(&tracer)), "a broker and a launcher: {children:?}");
+    tracer.signal(Signal::KILL);
+    drop(tracer);
+    wait_until("programs, maps and links to go", || !held.iter().any(|of| exists(*of)));
+    wait_until("the broker and the launcher to go", || children.iter().all(|pid| has_ended(*pid)));
+    // The command is not tracer's own: it goes on, with all of its summary.
+    assert!(!has_ended(command), "it goes on");
+    fs::write(path("end"), "").expect("it is ours");
+    wait_until("the command to end", || path("got").exists() && has_ended(command));
+    let summary: Value = serde_json::from_slice(&fs::read(path("got")).expect("it is there")).expect("JSON");
+    expect(&summary, &json!({ "type": "summary", "final": false }));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Floods: what strangers can send without end takes bounded memory, and makes no answer wrong.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{ChildStdout, Command, Stdio};
@@ -7,7 +8,7 @@ use std::process::{ChildStdout, Command, Stdio};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::rig::{Guard, Namespace, free_port, tracer, wait_until};
+use crate::rig::{Guard, Namespace, free_port, run, tracer, wait_until};
 use crate::scale::resident_kib;
 
 /// Connects from ever another address, and closes; waits when half of them are done.
@@ -169,4 +170,65 @@ fn heads_that_never_end_take_nothing_of_tracer() {
     assert_eq!((ends.len(), summary["lost"].as_u64()), (2 * COUNT, Some(0)));
     let finished = ends.iter().find(|end| end["http"]["requests"].as_u64().is_some_and(|requests| requests > 0));
     assert_eq!(finished, None, "a head that has not ended is no request");
+}
+
+/// What is charged to each socket of a namespace besides its queues, bytes: BPF programs' storage, most of all. By local and remote
+/// address.
+fn charged(namespace: &Namespace) -> HashMap<(String, String), u64> {
+    let listed =
+        run(Command::new("ip").args(["netns", "exec", &namespace.name, "ss", "-HtnmO", "state", "established"]));
+    let socket = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        // `skmem:(r0,rb131072,t0,tb46080,f0,w0,o688,bl0,d0)`
+        let memory = words.iter().find_map(|word| word.strip_prefix("skmem:("))?;
+        let other = memory.split(',').find_map(|part| part.strip_prefix('o')?.parse().ok())?;
+        Some(((words[2].to_owned(), words[3].to_owned()), other))
+    };
+    listed.lines().map(|line| socket(line).unwrap_or_else(|| panic!("{line}"))).collect()
+}
+
+/// By the kernel's own accounts: what sockets are charged with tracer and without.
+#[test]
+fn a_flood_takes_a_fixed_size_of_kernel_memory_for_each_socket() {
+    const COUNT: usize = 500;
+    /// A state, and the list of all states of a socket: the first for each tracer, the second but once.
+    const MOST: u64 = 512 + 192;
+    let namespace = Namespace::new("memory");
+    let mut seen = Vec::new();
+    // Other tests may begin or end to trace everything meanwhile: then once more.
+    for _ in 0..5 {
+        let port = free_port();
+        let (process, stdout) = start(&namespace, port);
+        let (with, without) = std::thread::scope(|scope| {
+            let mut process = process;
+            let reader = scope.spawn(move || read(stdout, |_| {}));
+            let mut command = script(&namespace, SLOW, port, COUNT);
+            let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
+            let mut line = String::new();
+            BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+            assert_eq!(line, "slow\n");
+            let with = charged(&namespace);
+            process.signal(Signal::INT);
+            assert!(process.wait().success());
+            reader.join().expect("reading does not fail");
+            // Its map goes a moment later.
+            let mut without = charged(&namespace);
+            wait_until("the sockets to be free of it", || {
+                without = charged(&namespace);
+                without.iter().all(|(socket, charged)| *charged < with[socket])
+            });
+            writeln!(slow.0.stdin.as_mut().expect("piped")).expect("it reads");
+            wait_until("its end", || slow.0.try_wait().expect("it is our child").is_some());
+            (with, without)
+        });
+        assert_eq!((with.len(), without.len()), (2 * COUNT, 2 * COUNT));
+        let each = with.iter().map(|(socket, charged)| charged - without[socket]);
+        let (least, most) = (each.clone().min().expect("sockets"), each.max().expect("sockets"));
+        eprintln!("{COUNT} connections: each socket is charged {least} to {most} bytes for tracer");
+        seen.push((least, most));
+        if most <= MOST {
+            return;
+        }
+    }
+    panic!("more than {MOST} bytes for a socket: {seen:?}");
 }

@@ -334,7 +334,7 @@ fn children(pid: u32) -> Vec<u32> {
 }
 
 /// The process that runs the command of `--exec`.
-fn launcher_of(tracer: &Tracer) -> u32 {
+pub(crate) fn launcher_of(tracer: &Tracer) -> u32 {
     let mut children = children(tracer.pid()).into_iter();
     children.find(|pid| comm_of(*pid) == "tracer-launcher").expect("it is a child")
 }

@@ -1,14 +1,18 @@
 //! Summaries and alerts in, a table and sentences out.
 
+use std::cmp::Reverse;
+
 use anstyle::Style;
 use unicode_width::UnicodeWidthStr as _;
 
 use super::{ADVICE, ALARM, GROUPS, HEADER, Line, PROCESS_WIDTH, Text, WIDTH, column, elapsed};
 use super::{cause_word, closed_by_word};
-use crate::event::{Advice, Alert, AlertState, Group, Ledger, Metric, Role, Summary};
+use crate::event::{Advice, Alert, AlertState, Group, Ledger, LedgerRow, Metric, Reconciled, Role, Summary};
 use crate::sink::escape::fit;
 use crate::sink::summary::{thousands, who};
 
+/// CPUs that are shown: those that lost most.
+const CPUS: usize = 16;
 /// Advice that is shown.
 const ADVICES: usize = 5;
 /// Where what is advised begins, and its further lines.
@@ -137,6 +141,50 @@ impl Line {
             self.style(ALARM, |line| line.put(": THIS DOES NOT ADD UP"));
         }
         self.end();
+        if let Some((made, least, most)) = ledger.reconciled.as_ref().and_then(Reconciled::wrong_mini_sockets) {
+            self.stop(column::PROCESS);
+            self.style(ALARM, |line| {
+                line.put(&format!(
+                    "the kernel left {} sockets in TIME_WAIT or FIN_WAIT2 there, {} to {} were seen",
+                    thousands(made),
+                    thousands(least),
+                    thousands(most)
+                ));
+            });
+            self.end();
+        }
+        if ledger.cpus.len() > 1 && (*lost > 0 || !ledger.balanced) {
+            self.cpus(&ledger.cpus);
+        }
+    }
+
+    /// The programs' counts for each CPU: where something is missing, it may be on one of them only.
+    fn cpus(&mut self, rows: &[LedgerRow]) {
+        let mut shown: Vec<_> = rows.iter().collect();
+        shown.sort_by_key(|row| (row.balances(), Reverse(row.lost + row.untracked), row.cpu));
+        shown.truncate(CPUS);
+        shown.sort_by_key(|row| row.cpu);
+        for row in &shown {
+            self.stop(column::PROCESS);
+            self.put(&format!("CPU {}: {} seen = {} recorded", row.cpu, thousands(row.seen), thousands(row.emitted)));
+            if row.filtered > 0 {
+                self.put(&format!(" + {} filtered", thousands(row.filtered)));
+            }
+            let lost = row.lost + row.untracked;
+            self.put(" + ");
+            self.style(if lost > 0 { ALARM } else { Style::new() }, |line| {
+                line.put(&format!("{} lost", thousands(lost)))
+            });
+            if !row.balances() {
+                self.style(ALARM, |line| line.put(": THIS DOES NOT ADD UP"));
+            }
+            self.end();
+        }
+        if rows.len() > shown.len() {
+            self.stop(column::PROCESS);
+            self.put(&format!("{} other CPUs, which lost less: see ledger in --json", rows.len() - shown.len()));
+            self.end();
+        }
     }
 
     /// A sentence, over as many lines as it needs.
