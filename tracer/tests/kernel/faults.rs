@@ -15,7 +15,8 @@ use crate::leftovers::{exists, held_by, mounts};
 use crate::names::stopped;
 use crate::privileges::{broker_of, names_everything, nobody_with, unit_capabilities};
 use crate::rig::{
-    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_socket, ok, port_of, run, tracer, wait_until,
+    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_socket, ok, port_of, resident_kib, run, tracer,
+    wait_until,
 };
 use crate::script::Script;
 use crate::summary::launcher_of;
@@ -545,12 +546,6 @@ fn in_a_time_namespace_dates_and_names_are_right() {
         }
         tracer.stop();
     }
-}
-
-fn resident_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
-    line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 /// More than are kept in memory. Each has one connection, and ends with it, but for some that stay until the tracer has looked:

@@ -8,8 +8,7 @@ use std::process::{ChildStdout, Command, Stdio};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::rig::{Guard, Namespace, free_port, run, tracer, wait_until};
-use crate::scale::resident_kib;
+use crate::rig::{Guard, Namespace, anonymous_kib, free_port, resident_kib, run, tracer, wait_until};
 
 /// Connects from ever another address, and closes; waits when half of them are done.
 const CROWD: &str = "
@@ -144,7 +143,7 @@ fn heads_that_never_end_take_nothing_of_tracer() {
     let namespace = Namespace::new("slow");
     let port = free_port();
     let (process, stdout) = start(&namespace, port);
-    let before_kib = resident_kib(process.id());
+    let before_kib = anonymous_kib(process.id());
     let (summary, ends) = std::thread::scope(|scope| {
         let mut process = process;
         let reader = scope.spawn(move || {
@@ -157,7 +156,7 @@ fn heads_that_never_end_take_nothing_of_tracer() {
         let mut line = String::new();
         BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
         assert_eq!(line, "slow\n");
-        let after_kib = resident_kib(process.id());
+        let after_kib = anonymous_kib(process.id());
         eprintln!("{COUNT} unfinished heads: {before_kib} KiB before, {after_kib} KiB after");
         // All that is known of them is in the kernel, and of a fixed size for each socket.
         assert!(after_kib.saturating_sub(before_kib) < 1 << 10, "{before_kib} KiB, then {after_kib} KiB");

@@ -13,7 +13,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::rig::{
-    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, ok, tracer, wait_until,
+    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, ok, resident_kib, tracer,
+    wait_until,
 };
 
 fn number(value: &Value) -> u64 {
@@ -266,13 +267,6 @@ impl Lines {
 
 fn losses(printed: &Printed) -> Vec<u64> {
     printed.others.iter().filter(|event| event["type"] == "lost").map(|event| number(&event["records"])).collect()
-}
-
-/// `VmRSS`, KiB.
-fn resident_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
 }
 
 /// Nobody reads for as long as it takes to lose records; the host goes on, and so does the stream, once somebody reads.

@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, ok};
+use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, ok, resident_kib};
 use crate::script::{self, Script};
 
 /// Fails on a machine that is somebody's: `--ignored` is easily said.
@@ -189,11 +189,9 @@ fn more_processes_than_65_535() {
     // One that was open before, and one that was not.
     let second = script::exchange(port);
     expect(&tracer.wait_for_close(port, second), &json!({ "process": owner, "closed_by": "local" }));
-    let status = fs::read_to_string(format!("/proc/{}/status", tracer.pid())).expect("it runs");
-    let resident = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
-    let kib: u64 = resident.split_whitespace().nth(1).expect("a number").parse().expect("a number");
+    let kib = resident_kib(tracer.pid());
     eprintln!("{processes} processes, there in {there:?}; tracer started in {started:?}, and takes {kib} KiB");
-    assert!(kib < 30_000, "{resident}");
+    assert!(kib < 30_000, "{kib} KiB");
     // Its process ends, and closes what it held.
     drop(held);
     drop(server);

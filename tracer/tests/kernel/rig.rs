@@ -75,6 +75,22 @@ pub(crate) fn comm_of(pid: u32) -> String {
     comm.trim_end_matches('\n').to_owned()
 }
 
+/// Resident memory of a process, KiB.
+pub(crate) fn resident_kib(pid: u32) -> u64 {
+    memory_kib(pid, "VmRSS")
+}
+
+/// Of it, what is no file's. Of its executable more is mapped the longer it runs, and on newer kernels in large pieces.
+pub(crate) fn anonymous_kib(pid: u32) -> u64 {
+    memory_kib(pid, "RssAnon")
+}
+
+fn memory_kib(pid: u32, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("it has memory");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
 /// A child process that is killed when it goes out of scope.
 pub(crate) struct Guard(pub(crate) Child);
 

@@ -13,7 +13,9 @@ use rustix::process::Signal;
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::rig::{Guard, Listener, Namespace, Tracer, expect, free_port, ok, port_of, tracer, wait_until};
+use crate::rig::{
+    Guard, Listener, Namespace, Tracer, expect, free_port, ok, port_of, resident_kib, tracer, wait_until,
+};
 
 /// What is looked at of a record; of so many the whole would be too much.
 #[derive(Deserialize)]
@@ -33,13 +35,6 @@ struct Record {
     states: serde_json::Value,
     #[serde(default)]
     lost: u64,
-}
-
-/// `VmRSS`, KiB.
-pub(crate) fn resident_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
 }
 
 /// Open connections of one process: both ends are its own, and it may have 20,000 files or more.
