@@ -66,13 +66,24 @@ fn judge(own: Option<u64>, children: Option<u64>) -> Namespace {
 
 /// A start that the kernel told, in nanoseconds since boot, as this process's `/proc/<pid>/stat` shows it: clock ticks.
 pub(crate) fn seen_ticks(start_ns: u64) -> u64 {
-    start_ns.saturating_add_signed(shifts().boottime_ns) / TICK_NS
+    shifts().seen_ticks(start_ns)
 }
 
-/// The other way round. Exact where the shift is a whole number of ticks, as it is where nobody set fractions of a second.
+/// The other way round. Exact where the shift is a whole number of ticks, as it is where nobody set fractions of a second, and the
+/// process has not started before the time at which the namespace's clock begins; else it may be one tick too little.
 pub(crate) fn host_ticks(seen: u64) -> u64 {
-    let ticks = shifts().boottime_ns / i64::try_from(TICK_NS).unwrap_or(i64::MAX);
-    seen.saturating_add_signed(ticks.saturating_neg())
+    shifts().host_ticks(seen)
+}
+
+impl Shifts {
+    /// A start before the namespace's clock begins wraps, as it does in the kernel (`do_task_stat`, `fs/proc/array.c`).
+    fn seen_ticks(self, start_ns: u64) -> u64 {
+        start_ns.wrapping_add_signed(self.boottime_ns) / TICK_NS
+    }
+
+    fn host_ticks(self, seen: u64) -> u64 {
+        seen.wrapping_mul(TICK_NS).wrapping_add_signed(self.boottime_ns.wrapping_neg()) / TICK_NS
+    }
 }
 
 /// Lines such as `monotonic      -86400      500000000`: seconds, nanoseconds (which count up).
@@ -95,6 +106,19 @@ mod tests {
         let text = "monotonic      100000         5\nboottime           -2 500000000\n";
         assert_eq!(parse(text), Shifts { monotonic_ns: 100_000_000_000_005, boottime_ns: -1_500_000_000 });
         assert_eq!(parse("monotonic           0         0\nboottime            0         0\n"), Shifts::default());
+    }
+
+    #[test]
+    fn ticks_of_the_namespace_and_of_the_host() {
+        let shifts = |seconds: i64| Shifts { monotonic_ns: 0, boottime_ns: seconds * 1_000_000_000 };
+        // Seconds since boot, and in the namespace.
+        for (start, shift, seen) in [(20, 0, 20), (20, 100, 120), (120, -30, 90)] {
+            assert_eq!(shifts(shift).seen_ticks(start * 1_000_000_000), seen * 100);
+            assert_eq!(shifts(shift).host_ticks(seen * 100), start * 100);
+        }
+        // Ten seconds before its clock began.
+        assert_eq!(shifts(-30).seen_ticks(20_000_000_000), 1_844_674_406_370);
+        assert!([1_999, 2_000].contains(&shifts(-30).host_ticks(1_844_674_406_370)));
     }
 
     #[test]

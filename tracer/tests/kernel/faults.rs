@@ -529,11 +529,17 @@ fn a_namespace_that_is_gone_before_it_is_asked() {
 /// A time namespace shifts the clocks that processes see, and the starts that `/proc` tells, but not those of the kernel.
 #[test]
 fn in_a_time_namespace_dates_and_names_are_right() {
-    for shift in ["100000", "-30"] {
+    let uptime = || {
+        let text = fs::read_to_string("/proc/uptime").expect("it can be read");
+        text.split('.').next().expect("seconds").parse::<i64>().expect("a number")
+    };
+    // So that the process that is traced by its id, outside, has started before the clocks of the last namespace begin.
+    std::thread::sleep(Duration::from_secs(2));
+    for shift in [100_000, -30, -uptime()] {
         let listener = Listener::new();
         let mut command = Command::new("unshare");
-        // The process that is traced by its id has started outside.
-        command.args(["--time", "--monotonic", shift, "--boottime", shift, "--"]).arg(tracer().get_program());
+        let shift = shift.to_string();
+        command.args(["--time", "--monotonic", &shift, "--boottime", &shift, "--"]).arg(tracer().get_program());
         let (port, pid) = (listener.port.to_string(), std::process::id().to_string());
         let tracer = Tracer::start_by(command, &["--port", &port, "--pid", &pid]);
         let exe = std::env::current_exe().expect("a path").display().to_string();

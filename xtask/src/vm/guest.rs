@@ -128,6 +128,7 @@ fn listen(mut guest: Guest, limit: Duration) -> Result<Report> {
     let mut report = Report::default();
     loop {
         match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) if line == "@end" => return Ok(report),
             Ok(line) => report.read(&line),
             Err(RecvTimeoutError::Disconnected) => return Ok(report),
             Err(RecvTimeoutError::Timeout) => {
