@@ -39,7 +39,7 @@ const MESSAGE: usize = 128 << 10;
 /// How long an answer may take; they take some ten microseconds.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The same for its start.
-const START: Duration = Duration::from_secs(10);
+const START: Duration = Duration::from_secs(30);
 /// So many answers in a row that do not come, and it is asked no more.
 const SILENT: u32 = 3;
 
@@ -104,7 +104,11 @@ impl Broker {
         let mut link = Link { socket: ours, sequence: 0, silent: 0 };
         // From here on its end is waited for.
         let broker = |link| Self { link: Mutex::new(Some(link)), child };
-        match link.receive().context("the process that looks into /proc did not start")?.0 {
+        match link
+            .receive()
+            .with_context(|| format!("the process that looks into /proc was not ready within {START:?}"))?
+            .0
+        {
             Answer::Ready => {}
             answer => anyhow::bail!("the process that looks into /proc did not start: {answer:?}"),
         }
