@@ -295,7 +295,10 @@ impl Reader {
                     false
                 }
                 [3, minor, ..] if minor <= 4 => {
-                    self.protocol = protocol::TLS;
+                    // What the other direction turned out to be meanwhile stays.
+                    if self.protocol == protocol::UNDECIDED {
+                        self.protocol = protocol::TLS;
+                    }
                     self.lose(request)
                 }
                 _ => self.reject(request),

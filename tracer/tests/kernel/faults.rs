@@ -539,7 +539,9 @@ fn in_a_time_namespace_dates_and_names_are_right() {
         let listener = Listener::new();
         let mut command = Command::new("unshare");
         let shift = shift.to_string();
-        command.args(["--time", "--monotonic", &shift, "--boottime", &shift, "--"]).arg(tracer().get_program());
+        command.args(["--time", "--monotonic", &shift, "--boottime", &shift, "--"]);
+        // Older kernels (6.1) do not enter it with `exec`, and start no thread for who has not entered it.
+        command.args(["nsenter", "--time=/proc/self/ns/time_for_children", "--"]).arg(tracer().get_program());
         let (port, pid) = (listener.port.to_string(), std::process::id().to_string());
         let tracer = Tracer::start_by(command, &["--port", &port, "--pid", &pid]);
         let exe = std::env::current_exe().expect("a path").display().to_string();
