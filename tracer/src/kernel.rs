@@ -306,7 +306,10 @@ impl<'a> Object<'a> {
                     .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;
             }
             Place::OpenFiles => walk_open_files(&mut self.ebpf, &self.btf)?,
-            Place::Sockets => self.close_wait = Some(SocketWalk::new(&mut self.ebpf, &self.btf)?),
+            Place::Sockets => {
+                preflight::walk_over_sockets()?;
+                self.close_wait = Some(SocketWalk::new(&mut self.ebpf, &self.btf)?);
+            }
         }
         Ok(())
     }

@@ -256,6 +256,20 @@ pub(crate) fn reads_any_stack() -> bool {
     version(&kernel_release()).is_some_and(|version| version >= (6, 12))
 }
 
+/// Whether the kernel bears a walk over the storage of all sockets. From Linux 7.0 on what belongs to a socket that goes at that
+/// moment may have lost its link to it, and the kernel follows that all the same: `__bpf_sk_storage_map_seq_show` has been seen to
+/// crash so on 7.2.13 (a NULL pointer; the thread that reads dies of it), never on 6.18 or before.
+///
+/// # Errors
+/// It may not.
+pub(crate) fn walk_over_sockets() -> anyhow::Result<()> {
+    let release = kernel_release();
+    if version(&release).is_some_and(|version| version >= (7, 0)) {
+        anyhow::bail!("a walk over the storage of sockets can crash kernel {release} (7.0 and later)");
+    }
+    Ok(())
+}
+
 /// The first two numbers of a release.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);

@@ -61,7 +61,9 @@ fn version(release: &str) -> (u32, u32) {
 /// Whether something that is missing from a kernel of this version may be missing.
 fn may_lack(feature: &str, version: (u32, u32)) -> bool {
     let (_, since) = FEATURES.iter().find(|(name, _)| *name == feature).expect("it is in the list");
-    version < *since
+    // From 7.0 on tracer leaves it alone: it can crash those kernels.
+    let left_alone = feature == "iter/bpf_sk_storage_map" && version >= (7, 0);
+    version < *since || left_alone
 }
 
 /// Whether a kernel of this version lacks a feature.
