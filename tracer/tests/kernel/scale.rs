@@ -150,8 +150,14 @@ fn a_hundred_thousand_connections_open_at_once() {
 
     let (records, lost) = records.into_inner().expect("no panic");
     assert_eq!((records.len(), lost), (2 * OPEN, Some(0)));
+    let mut crossed = 0;
     for ((local, _), record) in &records {
         let is_server = ports.iter().any(|port| local.ends_with(&format!(":{port}")));
+        // One process closes both ends, one right after the other: where it is kept from it, and softirq comes late, FINs cross.
+        if record.closed_by == "both" && record.states.to_string().contains("CLOSING") {
+            crossed += 1;
+            continue;
+        }
         let got = (record.closed_by.as_str(), record.fate.as_str().unwrap_or_default());
         assert_eq!(
             got,
@@ -161,6 +167,7 @@ fn a_hundred_thousand_connections_open_at_once() {
             record.states
         );
     }
+    assert!(crossed < records.len() / 1000, "{crossed} of {} FINs crossed", records.len());
 }
 
 /// As often as the same addresses are used.
