@@ -6,11 +6,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use jiff::{SignedDuration, Timestamp};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, ok, resident_kib};
+use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, is_of_now, ok, resident_kib};
 use crate::script::{self, Script};
 
 /// Fails on a machine that is somebody's: `--ignored` is easily said.
@@ -37,12 +36,6 @@ fn close(tracer: &Tracer, mut pair: Pair) -> Value {
     let close = tracer.wait_for_close(server, client);
     expect(&close, &json!({ "cause": "request_close", "final": "time_wait" }));
     close
-}
-
-fn is_of_now(close: &Value) {
-    let date: Timestamp = close["time"].as_str().expect("a date").parse().expect("a date");
-    let off = Timestamp::now().duration_since(date).abs();
-    assert!(off < SignedDuration::from_secs(60), "{off:?} off: {close:#}");
 }
 
 /// How long a connection was open, which had begun by then.
@@ -158,8 +151,8 @@ impl Drop for Crowd {
 fn more_processes_than_65_535() {
     only_in_a_guest();
     const COUNT: usize = 65_535;
-    for (name, value) in [("pid_max", "200000"), ("threads-max", "200000")] {
-        fs::write(format!("/proc/sys/kernel/{name}"), value).expect("root may set it");
+    for name in ["pid_max", "threads-max"] {
+        fs::write(format!("/proc/sys/kernel/{name}"), "200000").expect("root may set it");
     }
     let port = free_port();
     let began = Instant::now();

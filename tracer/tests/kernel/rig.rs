@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -394,6 +395,14 @@ fn compare(path: &str, record: &Value, wanted: &Value, differences: &mut String)
             let _ = writeln!(differences, "{path} is {record}, not {wanted}");
         }
     }
+}
+
+/// A record bears the time of now, give or take a minute.
+#[track_caller]
+pub(crate) fn is_of_now(record: &Value) {
+    let date: Timestamp = record["time"].as_str().expect("a date").parse().expect("a date");
+    let off = Timestamp::now().duration_since(date).abs();
+    assert!(off < SignedDuration::from_secs(60), "{off:?} off: {record:#}");
 }
 
 /// The names of the states that a record lists.
