@@ -278,7 +278,10 @@ impl Tracer {
                     state.stderr
                 );
             }
-            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            drop(self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner));
+            // Not for each event: to look through thousands of them takes so long that their reader would not get on.
+            std::thread::sleep(Duration::from_millis(5));
+            state = self.shared.lock();
         }
     }
 
