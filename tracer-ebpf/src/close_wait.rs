@@ -1,6 +1,7 @@
-//! Sockets whose peer has closed, and whose process has not, for too long: a walk over all that are followed.
+//! Sockets whose peer has closed, and whose process has not, for too long: a walk over all that are followed, or, where the
+//! kernel cannot do that without danger, over all open files.
 //!
-//! No transition tells that one did not come. So user space starts this walk from time to time; it costs nothing in
+//! No transition tells that one did not come. So user space starts a walk from time to time; it costs nothing in
 //! between, and each socket that it finds makes one record in its life.
 
 use aya_ebpf::cty::{c_int, c_void};
@@ -8,7 +9,8 @@ use tracer_ebpf::head::clamp;
 use tracer_ebpf::{STATES, kind, unpack_state};
 
 use crate::conn::{self, Conn, Outcome};
-use crate::sock::{self, tcp};
+use crate::owner::TaskFile;
+use crate::sock::{self, Sock, tcp};
 
 /// `struct bpf_iter__bpf_sk_storage_map`: a socket that has storage in the map; NULL at the end of the walk.
 /// <https://github.com/torvalds/linux/blob/v6.12/net/core/bpf_sk_storage.c#L719>
@@ -20,20 +22,48 @@ struct SocketStorage {
     value: *mut c_void,
 }
 
-/// Reports one socket, if it has been in CLOSE_WAIT for long enough.
+/// Looks at one followed socket.
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
 #[unsafe(no_mangle)]
 extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
     // SAFETY: the kernel passes a `struct bpf_iter__bpf_sk_storage_map`; its socket is checked, and lives for the call.
     unsafe {
         let sk = (*ctx).sk;
-        if sk.is_null() || !sock::is_tcp(sk) || sock::state(sk) != tcp::CLOSE_WAIT {
-            return 0;
+        if !sk.is_null() && sock::is_tcp(sk) {
+            report(sk);
         }
-        let Some(conn) = conn::get(sk) else { return 0 };
+    }
+    0
+}
+
+/// Looks at one open file. It does not find a socket that no process has accepted.
+#[unsafe(link_section = "iter/task_file")]
+#[unsafe(no_mangle)]
+extern "C" fn close_wait_files(ctx: *mut TaskFile) -> c_int {
+    // SAFETY: the kernel passes a `struct bpf_iter__task_file`; the file is held for the call, and so is its socket.
+    unsafe {
+        if let Some(sk) = (*ctx).tcp_socket() {
+            report(sk);
+        }
+    }
+    0
+}
+
+/// Reports a socket, if it has been in CLOSE_WAIT for long enough, and was not reported yet.
+///
+/// # Safety
+/// `sk` is a BTF pointer to a TCP `struct sock`.
+#[inline(always)]
+unsafe fn report(sk: Sock) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if sock::state(sk) != tcp::CLOSE_WAIT {
+            return;
+        }
+        let Some(conn) = conn::get(sk) else { return };
         let now = conn::now();
         if conn.close_wait_told != 0 || now.saturating_sub(since(conn, now)) < sock::config_close_wait_ns() {
-            return 0;
+            return;
         }
         // A filter may let it pass later, when its owner is known.
         let outcome = conn::emit(sk, conn, kind::CLOSE_WAIT, tcp::CLOSE_WAIT, tcp::CLOSE_WAIT, now);
@@ -41,7 +71,6 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
             conn.close_wait_told = 1;
         }
     }
-    0
 }
 
 /// Since when it has been in CLOSE_WAIT: the last transition that was noted.

@@ -195,32 +195,47 @@ fn sched_process_free(ctx: BtfTracePointContext) -> i32 {
 /// `struct bpf_iter__task_file`: a process and one of its open files, either NULL at the end of the walk.
 /// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/task_iter.c#L363>
 #[repr(C)]
-struct TaskFile {
+pub(crate) struct TaskFile {
     meta: *mut c_void,
     task: *mut c_void,
     fd: u64,
     file: *mut c_void,
 }
 
+impl TaskFile {
+    /// The TCP socket that this file is, if it is one.
+    ///
+    /// # Safety
+    /// The kernel made it, for the program that runs.
+    #[inline(always)]
+    pub(crate) unsafe fn tcp_socket(&self) -> Option<Sock> {
+        if self.file.is_null() {
+            return None;
+        }
+        // SAFETY: by the caller's word the file is held; what is read from its socket is read at BTF offsets.
+        unsafe {
+            let socket = bpf_sock_from_file(self.file.cast()).cast::<c_void>();
+            if socket.is_null() {
+                return None;
+            }
+            let sk = load!(socket, socket_sk, *mut c_void);
+            (!sk.is_null() && sock::is_tcp(sk)).then_some(sk)
+        }
+    }
+}
+
 /// Walks every open file of every process, in all network namespaces: the owners of what was open before the start.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
-    // SAFETY: the kernel passes a `struct bpf_iter__task_file`; both pointers are checked, and what is read from them is
+    // SAFETY: the kernel passes a `struct bpf_iter__task_file`; its pointers are checked, and what is read from them is
     // read at BTF offsets.
     unsafe {
-        let (task, file) = ((*ctx).task, (*ctx).file);
-        if task.is_null() || file.is_null() {
+        let task = (*ctx).task;
+        if task.is_null() {
             return 0;
         }
-        let socket = bpf_sock_from_file(file.cast()).cast::<c_void>();
-        if socket.is_null() {
-            return 0;
-        }
-        let sk = load!(socket, socket_sk, *mut c_void);
-        if sk.is_null() || !sock::is_tcp(sk) {
-            return 0;
-        }
+        let Some(sk) = (*ctx).tcp_socket() else { return 0 };
         let state = sock::state(sk);
         if state == tcp::LISTEN || state == tcp::CLOSE {
             return 0;

@@ -169,8 +169,8 @@ pub fn examine_with(hooks: &[kernel::Hook], strict: bool) -> Report {
     }
 
     let types = format!("struct layouts by {VMLINUX}");
-    let offsets = preflight::kernel();
-    match &offsets {
+    let layout = preflight::kernel();
+    match &layout {
         Ok(_) => {
             findings.push(Finding::ok("btf", types));
             findings.push(Finding::ok("kernel", "it has the BPF helpers and struct members that are needed"));
@@ -215,10 +215,10 @@ pub fn examine_with(hooks: &[kernel::Hook], strict: bool) -> Report {
         });
     }
 
-    match (&offsets, &cgroup, findings.refusal) {
-        (Ok(offsets), Ok(cgroup), None) => {
+    match (&layout, &cgroup, findings.refusal) {
+        (Ok(layout), Ok(cgroup), None) => {
             let ask = Ask { ring_bytes: 1 << 16, ..Ask::default() };
-            match kernel::try_each(hooks, &ask, cgroup, offsets) {
+            match kernel::try_each(hooks, &ask, cgroup, layout) {
                 Ok(tried) => {
                     for (hook, tried) in hooks.iter().zip(tried) {
                         findings.hook(hook, tried);

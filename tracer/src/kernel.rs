@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use aya::maps::lpm_trie::Key;
@@ -17,12 +17,13 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use log::{Log, debug};
-use tracer_ebpf::{Config, Offsets, book, counter, filter};
+use tracer_ebpf::{Config, book, counter, filter};
 
 use crate::decode::Blind;
 use crate::descendants;
 use crate::filter::{Filter, prefixes};
 use crate::ledger::Row;
+use crate::offsets::Layout;
 use crate::preflight::{self, Refusal};
 use crate::time_wait;
 
@@ -208,7 +209,10 @@ const HOOKS: [Hook; 9] = [
     Hook {
         name: "iter/bpf_sk_storage_map",
         place: Place::Sockets,
-        without: Without::Degraded("sockets that stay in CLOSE_WAIT are not reported"),
+        without: Without::Degraded(
+            "of sockets that stay in CLOSE_WAIT those are not reported that no process has accepted; the others are looked \
+             for among all open files of all processes",
+        ),
     },
 ];
 
@@ -236,11 +240,12 @@ struct Object<'a> {
     ebpf: Ebpf,
     btf: Btf,
     cgroup: &'a OwnedFd,
+    layout: &'a Layout,
     close_wait: Option<SocketWalk>,
 }
 
 impl<'a> Object<'a> {
-    fn new(ask: &Ask, cgroup: &'a OwnedFd, offsets: &Offsets) -> Result<Self> {
+    fn new(ask: &Ask, cgroup: &'a OwnedFd, layout: &'a Layout) -> Result<Self> {
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
@@ -265,7 +270,7 @@ impl<'a> Object<'a> {
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
-            .override_global("OFFSETS", bytemuck::bytes_of(offsets), true)
+            .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .map_max_entries("RING", ask.ring_bytes)
             .load(OBJECT)
@@ -275,7 +280,7 @@ impl<'a> Object<'a> {
         fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
         fill_prefixes(&mut ebpf, "LOCALS", &ask.locals)?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
-        Ok(Self { ebpf, btf, cgroup, close_wait: None })
+        Ok(Self { ebpf, btf, cgroup, layout, close_wait: None })
     }
 
     /// Loads the programs of one hook and attaches them.
@@ -306,10 +311,14 @@ impl<'a> Object<'a> {
                     .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;
             }
             Place::OpenFiles => walk_open_files(&mut self.ebpf, &self.btf)?,
-            Place::Sockets => {
-                preflight::walk_over_sockets()?;
-                self.close_wait = Some(SocketWalk::new(&mut self.ebpf, &self.btf)?);
-            }
+            Place::Sockets => match SocketWalk::over_storage(&mut self.ebpf, &self.btf, self.layout) {
+                Ok(walk) => self.close_wait = Some(walk),
+                // The other one finds most of them, too.
+                Err(error) => {
+                    self.close_wait = Some(SocketWalk::over_files(&mut self.ebpf, &self.btf)?);
+                    return Err(error);
+                }
+            },
         }
         Ok(())
     }
@@ -319,8 +328,8 @@ impl<'a> Object<'a> {
 ///
 /// # Errors
 /// Not even the maps can be created.
-pub fn try_each(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Vec<Result<()>>> {
-    let mut object = Object::new(ask, cgroup, offsets)?;
+pub fn try_each(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, layout: &Layout) -> Result<Vec<Result<()>>> {
+    let mut object = Object::new(ask, cgroup, layout)?;
     Ok(hooks.iter().map(|hook| object.attach(hook)).collect())
 }
 
@@ -331,16 +340,16 @@ impl Kernel {
     /// # Errors
     /// What the kernel refused, with the program or map that it refused. A hook that can be done without is no error, but
     /// in [`Kernel::degraded`].
-    pub fn attach(ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Attached> {
-        Self::attach_to(&hooks(!ask.pids.is_empty()), ask, cgroup, offsets)
+    pub fn attach(ask: &Ask, cgroup: &OwnedFd, layout: &Layout) -> Result<Attached> {
+        Self::attach_to(&hooks(!ask.pids.is_empty()), ask, cgroup, layout)
     }
 
     /// The same with other hooks than [`hooks`].
     ///
     /// # Errors
     /// As for [`Kernel::attach`].
-    pub fn attach_to(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, offsets: &Offsets) -> Result<Attached> {
-        let mut object = Object::new(ask, cgroup, offsets)?;
+    pub fn attach_to(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, layout: &Layout) -> Result<Attached> {
+        let mut object = Object::new(ask, cgroup, layout)?;
         let log = EbpfLogger::init(&mut object.ebpf).context("cannot read the programs' log")?;
 
         let mut attached = Vec::new();
@@ -387,13 +396,15 @@ impl Kernel {
         self.close_wait = None;
     }
 
-    /// Has every followed socket looked at, and those reported that have been in CLOSE_WAIT for too long. Some 0.1 µs for
-    /// each socket; does nothing where that is not possible.
+    /// Has every followed socket looked at, and those reported that have been in CLOSE_WAIT for too long; answers how long that
+    /// took: some 0.1 µs for each socket, or, where the storage of sockets must be left alone, for each open file of the host.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn look_for_close_wait(&self) -> Result<()> {
-        self.close_wait.as_ref().map_or(Ok(()), SocketWalk::run)
+    pub fn look_for_close_wait(&self) -> Result<Duration> {
+        let began = Instant::now();
+        self.close_wait.as_ref().map_or(Ok(()), SocketWalk::run)?;
+        Ok(began.elapsed())
     }
 
     /// Reads the books of the programs: a row for each CPU, summed over its programs.
@@ -466,21 +477,34 @@ fn follow(ebpf: &mut Ebpf, pids: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// The walk over every socket that is followed (`iter/bpf_sk_storage_map`), ready to be run.
+/// A walk that finds sockets in CLOSE_WAIT, ready to be run.
 struct SocketWalk {
     link: OwnedFd,
 }
 
 impl SocketWalk {
-    fn new(ebpf: &mut Ebpf, btf: &Btf) -> Result<Self> {
+    /// Over every socket that is followed.
+    fn over_storage(ebpf: &mut Ebpf, btf: &Btf, layout: &Layout) -> Result<Self> {
+        if !layout.bears_storage_walk {
+            let release = preflight::kernel_release();
+            bail!("a walk over the storage of sockets can crash kernel {release} (7.0 and later)");
+        }
         let map = match ebpf.map("SOCKETS") {
             Some(Map::SkStorage(map)) => map.fd().as_fd().try_clone_to_owned()?,
             _ => bail!("the object has no map SOCKETS of sockets"),
         };
         let program: &mut Iter = program(ebpf, "close_wait")?.try_into()?;
         program.load("bpf_sk_storage_map", btf).context("the kernel refused program iter/bpf_sk_storage_map")?;
-        let link = bpf::link_iterator_to_map(program.fd()?.as_fd(), map.as_fd())
+        let link = bpf::link_iterator(program.fd()?.as_fd(), Some(map.as_fd()))
             .context("cannot attach iter/bpf_sk_storage_map")?;
+        Ok(Self { link })
+    }
+
+    /// Over every open file of every process.
+    fn over_files(ebpf: &mut Ebpf, btf: &Btf) -> Result<Self> {
+        let program: &mut Iter = program(ebpf, "close_wait_files")?.try_into()?;
+        program.load("task_file", btf).context("the kernel refused a second program iter/task_file")?;
+        let link = bpf::link_iterator(program.fd()?.as_fd(), None).context("cannot attach a second iter/task_file")?;
         Ok(Self { link })
     }
 
@@ -489,7 +513,7 @@ impl SocketWalk {
     }
 }
 
-/// The `bpf` system call where aya does not make it: an iterator over one map.
+/// The `bpf` system call where aya does not make it: an iterator over one map, and one that is run more than once.
 mod bpf {
     use std::io;
     use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
@@ -520,9 +544,10 @@ mod bpf {
         flags: u32,
     }
 
-    pub(super) fn link_iterator_to_map(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-        // `union bpf_iter_link_info`, of which this walk reads `map.map_fd` only.
-        let info = map.as_raw_fd();
+    /// `over`: the map whose elements it goes through, if it is an iterator over a map.
+    pub(super) fn link_iterator(program: BorrowedFd<'_>, over: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+        // `union bpf_iter_link_info`, of which a walk over a map reads `map.map_fd` only.
+        let info = over.map(|map| map.as_raw_fd());
         call(
             BPF_LINK_CREATE,
             &LinkCreate {
@@ -530,8 +555,8 @@ mod bpf {
                 target_fd: 0,
                 attach_type: BPF_TRACE_ITER,
                 flags: 0,
-                iter_info: std::ptr::from_ref(&info) as u64,
-                iter_info_len: size_of_val(&info) as u32,
+                iter_info: info.as_ref().map_or(0, |info| std::ptr::from_ref(info) as u64),
+                iter_info_len: info.map_or(0, |info| size_of_val(&info) as u32),
                 _pad: 0,
             },
         )

@@ -1,4 +1,4 @@
-//! Offsets of kernel struct members, from the running kernel's BTF.
+//! Offsets of kernel struct members, from the running kernel's BTF, and what else its types tell.
 //!
 //! What comes in: `/sys/kernel/btf/vmlinux`. What goes out: the frozen global that the programs read kernel structs by.
 //! A member that every supported kernel has and this one lacks is an error; where kernels differ, each layout is tried.
@@ -12,6 +12,17 @@ pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 /// A member that this kernel lacks.
 const LACKING: u32 = u32::MAX;
+
+/// What the types of the running kernel tell.
+pub struct Layout {
+    /// Where it keeps what the programs read.
+    pub offsets: Offsets,
+    /// Whether it bears a walk over the storage of all sockets (`iter/bpf_sk_storage_map`). From Linux 7.0 on what belongs to a
+    /// socket that goes at that moment loses its link to it (`bpf_selem_unlink_nofail`), and the kernel follows that link all the
+    /// same: `__bpf_sk_storage_map_seq_show` was seen to crash so on 7.2.13 (a NULL pointer; the thread that reads dies of it).
+    /// The change came with a new member of `struct bpf_local_storage_elem`, by which it is recognised where it was carried back.
+    pub bears_storage_walk: bool,
+}
 
 /// The kernel's types.
 pub struct Types(Btf);
@@ -27,11 +38,17 @@ impl Types {
         Ok(Self(Btf::from_bytes(&bytes).with_context(|| format!("cannot parse {VMLINUX}"))?))
     }
 
-    /// Resolves every member of [`Offsets`].
+    /// All that is asked of them.
     ///
     /// # Errors
     /// The kernel lacks a member that is needed.
-    pub fn offsets(&self) -> Result<Offsets> {
+    pub fn layout(&self) -> Result<Layout> {
+        let bears_storage_walk = self.member("bpf_local_storage_elem", "state").is_err();
+        Ok(Layout { offsets: self.offsets()?, bears_storage_walk })
+    }
+
+    /// Resolves every member of [`Offsets`].
+    fn offsets(&self) -> Result<Offsets> {
         let optional = |holder: &str, path: &str| self.member(holder, path).unwrap_or(LACKING);
         let offset = |holder: &str, path: &str| self.member(holder, path);
         // 6.0 counts references, that is one more than sockets; before, sockets. From 5.19 to 6.0 the table is not embedded.

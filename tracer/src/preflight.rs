@@ -15,9 +15,7 @@ use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
-use tracer_ebpf::Offsets;
-
-use crate::offsets::{Types, VMLINUX};
+use crate::offsets::{Layout, Types, VMLINUX};
 use crate::time_namespace;
 
 /// Why tracer does not start, and what to do about it.
@@ -96,8 +94,8 @@ pub mod exit {
 pub struct Host {
     /// The root of the cgroup-v2 hierarchy.
     pub cgroup: OwnedFd,
-    /// Where this kernel keeps what the programs read.
-    pub offsets: Offsets,
+    /// What this kernel's types tell.
+    pub layout: Layout,
     /// What is missing and what that costs.
     pub degraded: Vec<String>,
 }
@@ -118,13 +116,13 @@ const HELPERS: [(&str, &str, &str); 2] = [
 pub fn check() -> Result<Host, Refusal> {
     let mut degraded = Vec::new();
     privileges(&mut degraded)?;
-    let offsets = kernel()?;
+    let layout = kernel()?;
     let cgroup = cgroup(&mut degraded)?;
     degraded.extend(pid_namespace().err());
     degraded.extend(time_namespace().err());
     degraded.extend(processes().err());
     degraded.extend(jit().err());
-    Ok(Host { cgroup, offsets, degraded })
+    Ok(Host { cgroup, layout, degraded })
 }
 
 /// Whether process ids are the host's.
@@ -256,20 +254,6 @@ pub(crate) fn reads_any_stack() -> bool {
     version(&kernel_release()).is_some_and(|version| version >= (6, 12))
 }
 
-/// Whether the kernel bears a walk over the storage of all sockets. From Linux 7.0 on what belongs to a socket that goes at that
-/// moment may have lost its link to it, and the kernel follows that all the same: `__bpf_sk_storage_map_seq_show` has been seen to
-/// crash so on 7.2.13 (a NULL pointer; the thread that reads dies of it), never on 6.18 or before.
-///
-/// # Errors
-/// It may not.
-pub(crate) fn walk_over_sockets() -> anyhow::Result<()> {
-    let release = kernel_release();
-    if version(&release).is_some_and(|version| version >= (7, 0)) {
-        anyhow::bail!("a walk over the storage of sockets can crash kernel {release} (7.0 and later)");
-    }
-    Ok(())
-}
-
 /// The first two numbers of a release.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
@@ -280,7 +264,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
 ///
 /// # Errors
 /// It has no BTF, or lacks something.
-pub(crate) fn kernel() -> Result<Offsets, Refusal> {
+pub(crate) fn kernel() -> Result<Layout, Refusal> {
     let release = kernel_release();
     if !Path::new(VMLINUX).exists() {
         return Err(Refusal {
@@ -302,7 +286,7 @@ pub(crate) fn kernel() -> Result<Offsets, Refusal> {
             message: format!("kernel {release} lacks {}; tracer needs Linux {needs} or later", what.join(" and ")),
         });
     }
-    types.offsets().map_err(|error| refuse(exit::KERNEL, error))
+    types.layout().map_err(|error| refuse(exit::KERNEL, error))
 }
 
 /// The state of kernel lockdown, for the explanation of a refusal; `None` where the kernel has none.

@@ -28,7 +28,7 @@ const FEATURES: [(&str, (u32, u32)); 20] = [
     ("cgroup_skb/egress", (4, 10)),
     ("tp_btf/inet_sock_set_state", (5, 5)),
     ("iter/task_file", (5, 8)),
-    ("iter/bpf_sk_storage_map", (5, 9)),
+    (STORAGE_WALK, (5, 9)),
     ("sock_diag", (4, 2)),
     (SECCOMP, (4, 14)),
     // The versions of its interface; the last one is the newest that tracer uses.
@@ -41,6 +41,9 @@ const FEATURES: [(&str, (u32, u32)); 20] = [
 ];
 
 const SECCOMP: &str = "seccomp";
+
+/// The walk over the storage of all sockets.
+pub(crate) const STORAGE_WALK: &str = "iter/bpf_sk_storage_map";
 
 /// A process may read its own maps without `CAP_BPF`.
 pub(crate) const MAPS_WITHOUT_CAPABILITY: &str = "maps without CAP_BPF";
@@ -62,7 +65,7 @@ fn version(release: &str) -> (u32, u32) {
 fn may_lack(feature: &str, version: (u32, u32)) -> bool {
     let (_, since) = FEATURES.iter().find(|(name, _)| *name == feature).expect("it is in the list");
     // From 7.0 on tracer leaves it alone: it can crash those kernels.
-    let left_alone = feature == "iter/bpf_sk_storage_map" && version >= (7, 0);
+    let left_alone = feature == STORAGE_WALK && version >= (7, 0);
     version < *since || left_alone
 }
 
@@ -93,6 +96,24 @@ pub(crate) fn lacks(feature: &str, found: bool) -> bool {
     let line = format!("skipped: {}: this kernel, {release}, lacks {feature}\n", thread.name().unwrap_or("?"));
     say(&line, std::env::var_os("TRACER_TEST_SKIPPED").as_deref()).expect("it can be said");
     true
+}
+
+/// Whether tracer leaves the walk over the storage of all sockets alone on this kernel. Then it says on each start that it does.
+pub(crate) fn leaves_storage_walk() -> bool {
+    may_lack(STORAGE_WALK, RELEASE.1)
+}
+
+/// What a `start` line says is degraded, but for what is so on every start on this kernel.
+pub(crate) fn degraded(start: &Value) -> Vec<&Value> {
+    let said = start["degraded"].as_array().expect("a list");
+    let always = |line: &Value| line.as_str().is_some_and(|line| line.contains(STORAGE_WALK));
+    assert_eq!(said.iter().filter(|line| always(line)).count(), usize::from(leaves_storage_walk()), "{start:#}");
+    said.iter().filter(|line| !always(line)).collect()
+}
+
+/// What `tracer doctor` says of this kernel where nothing is missing that a host can have.
+pub(crate) fn verdict() -> &'static str {
+    if leaves_storage_walk() { "degraded" } else { "works" }
 }
 
 /// Appends a line to a file, or else prints it. On stdout the test harness may be in the middle of a line of its own.

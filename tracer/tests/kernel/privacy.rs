@@ -212,7 +212,7 @@ impl Watched {
             ring_bytes: RING,
             ..Ask::default()
         };
-        let attached = Kernel::attach(&ask, &host.cgroup, &host.offsets).expect("it attaches");
+        let attached = Kernel::attach(&ask, &host.cgroup, &host.layout).expect("it attaches");
         Self { attached, records: Vec::new(), last: false }
     }
 

@@ -9,7 +9,7 @@ use std::process::Command;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::features::{MAPS_WITHOUT_CAPABILITY, lacks, maps_without_capability};
+use crate::features::{MAPS_WITHOUT_CAPABILITY, degraded, lacks, maps_without_capability};
 use crate::names::Cgroup;
 use crate::rig::{Listener, Namespace, Pair, Tracer, expect, get, ok, tracer, wait_until};
 use crate::script::Script;
@@ -124,7 +124,7 @@ pub(crate) fn names_everything(of: &str, command: Command) {
     client.tell("end");
     client.ends();
     let run = tracer.stop();
-    assert_eq!(run.events[0]["degraded"], json!([]), "{:#}", run.events[0]);
+    assert_eq!(degraded(&run.events[0]), [&Value::Null; 0]);
 }
 
 #[test]
