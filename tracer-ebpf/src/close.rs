@@ -43,7 +43,7 @@ fn inet_sock_set_state_nested(ctx: BtfTracePointContext) -> i32 {
             && (&raw const (*seen).change).read_volatile() == change(old, new)
         {
             (&raw mut (*seen).sk).write_volatile(0);
-        } else {
+        } else if !was_noted(sk, new) {
             transition(&ctx, ledger::row(1, sk), sk, old, new);
         }
     }
@@ -59,6 +59,22 @@ fn inet_sock_set_state_nested(ctx: BtfTracePointContext) -> i32 {
 unsafe fn last_seen(sk: Sock) -> Option<*mut Seen> {
     // SAFETY: by the caller's word.
     SEEN.get_ptr_mut(u32::from(unsafe { sock::locked_by_process(sk) }))
+}
+
+/// Whether the first program has seen a transition after all: where programs can be preempted, another process may have
+/// overwritten [`SEEN`] in between.
+///
+/// # Safety
+/// As for [`transition`].
+#[inline(always)]
+unsafe fn was_noted(sk: Sock, new: i32) -> bool {
+    // SAFETY: by the caller's word.
+    let Some(conn) = (unsafe { conn::get(sk) }) else { return false };
+    if new == tcp::CLOSE {
+        conn.marks & mark::ENDED != 0
+    } else {
+        conn.last_state().is_some_and(|(state, _)| i32::from(state) == new)
+    }
 }
 
 #[inline(always)]
@@ -92,6 +108,10 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
         if sock::config_filters() & filter::PORT != 0 && new != tcp::SYN_SENT {
             let (local, remote) = sock::ports(sk);
             if !conn::port_passes(local, remote) {
+                if old == tcp::SYN_SENT {
+                    // Made then.
+                    conn::delete(sk);
+                }
                 if new == tcp::CLOSE {
                     ledger::add(row, Column::Filtered, 1);
                 }
@@ -124,7 +144,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
             return;
         };
         if new == tcp::CLOSE && conn.marks & mark::ENDED != 0 {
-            // One that was seen twice: where programs can be preempted, `SEEN` may have been overwritten in between.
+            // It has ended before: a socket can enter CLOSE from CLOSE.
             ledger::add(row, Column::Void, 1);
             return;
         }

@@ -5,8 +5,7 @@
 //! between, and each socket that it finds makes one record in its life.
 
 use aya_ebpf::cty::{c_int, c_void};
-use tracer_ebpf::head::clamp;
-use tracer_ebpf::{STATES, kind, unpack_state};
+use tracer_ebpf::kind;
 
 use crate::conn::{self, Conn, Outcome};
 use crate::owner::TaskFile;
@@ -73,16 +72,12 @@ unsafe fn report(sk: Sock) {
     }
 }
 
-/// Since when it has been in CLOSE_WAIT: the last transition that was noted.
+/// Since when it has been in CLOSE_WAIT: the last transition that was noted. Where that is another, this one is being noted
+/// right now, or there was no room for it.
 #[inline(always)]
 fn since(conn: &Conn, now: u64) -> u64 {
-    if conn.states_len == 0 || conn.states_len > STATES as u8 {
-        return now;
+    match conn.last_state() {
+        Some((state, at_ns)) if i32::from(state) == tcp::CLOSE_WAIT => at_ns,
+        _ => now,
     }
-    // The mask is for the verifier, as in `push_state`.
-    let last = clamp::<7>(u64::from(conn.states_len) - 1) as usize;
-    // SAFETY: `last` is below `STATES`.
-    let (state, at_ns) = unpack_state(unsafe { conn.states.as_ptr().add(last).read_volatile() });
-    // Where it is another, the transition is being noted right now, or there was no room for it.
-    if i32::from(state) == tcp::CLOSE_WAIT { at_ns } else { now }
 }

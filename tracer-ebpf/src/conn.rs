@@ -12,6 +12,7 @@ use aya_ebpf::macros::btf_map;
 use tracer_ebpf::head::{self, EGRESS, Http, INGRESS, clamp};
 use tracer_ebpf::{
     NAMESPACES, PREFIXES, Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, kind, pack_state,
+    unpack_state,
 };
 
 use crate::sock;
@@ -258,6 +259,18 @@ impl Conn {
             unsafe { self.states.as_mut_ptr().add(slot).write_volatile(pack_state(state as u8, at_ns)) };
             self.states_len = at + 1;
         }
+    }
+
+    /// The last transition that was noted: the state, and when.
+    #[inline(always)]
+    pub(crate) fn last_state(&self) -> Option<(u8, u64)> {
+        if self.states_len == 0 || self.states_len > STATES as u8 {
+            return None;
+        }
+        // The mask is for the verifier, as in `push_state`.
+        let last = clamp::<7>(u64::from(self.states_len) - 1) as usize;
+        // SAFETY: `last` is below `STATES`.
+        Some(unpack_state(unsafe { self.states.as_ptr().add(last).read_volatile() }))
     }
 
     /// Notes who sent the first FIN or RST, if nobody has been noted yet.

@@ -231,3 +231,25 @@ fn a_flood_takes_a_fixed_size_of_kernel_memory_for_each_socket() {
     }
     panic!("more than {MOST} bytes for a socket: {seen:?}");
 }
+
+/// While one connects, its own port is not known, and might be the one asked for.
+#[test]
+fn what_a_port_leaves_out_takes_no_memory_once_it_is_connected() {
+    let namespace = Namespace::new("left-out");
+    let (asked, other) = (free_port(), free_port());
+    let (mut process, stdout) = start(&namespace, asked);
+    let mut command = script(&namespace, SLOW, other, 20);
+    let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
+    let mut line = String::new();
+    BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+    assert_eq!(line, "slow\n");
+    // Other tests may trace everything for a while.
+    wait_until("sockets that nothing is charged to", || {
+        let charged = charged(&namespace);
+        charged.len() == 40 && charged.values().all(|charged| *charged == 0)
+    });
+    drop(slow);
+    process.signal(Signal::INT);
+    assert!(process.wait().success());
+    read(stdout, |close| panic!("it was left out: {close:#}"));
+}
