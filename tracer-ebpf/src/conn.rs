@@ -283,6 +283,13 @@ impl Conn {
     }
 }
 
+/// Whether a process that began at `start_ns` is the one whose start [`PIDS`] holds. What user space wrote there may be a tick
+/// too little, in some time namespaces; within a tick no other process gets the same id.
+#[inline(always)]
+pub(crate) fn began(start_ns: u64, ticks: u64) -> bool {
+    (start_ns / TICK_NS).wrapping_sub(ticks) <= 1
+}
+
 /// Whether the process asked for with `--pid`, or a descendant, is `task`; without `--pid` nobody is.
 #[inline(always)]
 pub(crate) fn pid_asked(task: &Task) -> bool {
@@ -291,7 +298,7 @@ pub(crate) fn pid_asked(task: &Task) -> bool {
     }
     // SAFETY: the value is read at once.
     match unsafe { PIDS.get(task.tgid) } {
-        Some(start) => *start == task.start_ns / TICK_NS,
+        Some(start) => began(task.start_ns, *start),
         None => false,
     }
 }

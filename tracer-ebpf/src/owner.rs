@@ -183,7 +183,7 @@ fn sched_process_free(ctx: BtfTracePointContext) -> i32 {
         let (pid, tgid) = (load!(task, pid, u32), load!(task, tgid, u32));
         if pid == tgid
             && let Some(start) = PIDS.get(tgid)
-            && *start == load!(task, start_boottime, u64) / TICK_NS
+            && conn::began(load!(task, start_boottime, u64), *start)
         {
             // Gone already: nothing to remove.
             let _ = PIDS.remove(tgid);

@@ -70,7 +70,8 @@ pub(crate) fn seen_ticks(start_ns: u64) -> u64 {
 }
 
 /// The other way round. Exact where the shift is a whole number of ticks, as it is where nobody set fractions of a second, and the
-/// process has not started before the time at which the namespace's clock begins; else it may be one tick too little.
+/// process has not started before the time at which the namespace's clock begins; else it may be one tick too little, and the kernel
+/// programs take it as if it were not.
 pub(crate) fn host_ticks(seen: u64) -> u64 {
     shifts().host_ticks(seen)
 }
