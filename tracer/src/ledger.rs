@@ -159,8 +159,12 @@ pub fn without_witness(error: &anyhow::Error) -> String {
 
 /// Whether the rows are whole: while the programs run, one may have counted an end, and not yet what became of it.
 pub fn is_whole(rows: &[Row]) -> bool {
+    rows.iter().all(is_whole_row)
+}
+
+fn is_whole_row(row: &Row) -> bool {
     let parts = [Column::Emitted, Column::Filtered, Column::Lost, Column::Untracked, Column::Void];
-    rows.iter().all(|row| row[Column::Seen as usize] == parts.iter().map(|part| row[*part as usize]).sum::<u64>())
+    row[Column::Seen as usize] == parts.iter().map(|part| row[*part as usize]).sum::<u64>()
 }
 
 /// Records that the programs wrote, over all rows.
@@ -168,19 +172,24 @@ pub fn emitted(rows: &[Row]) -> u64 {
     rows.iter().map(|row| row[Column::Emitted as usize]).sum()
 }
 
-/// Reads the rows until they are whole, at most so many times.
+/// Reads the rows until each has been whole, at most so many times. (Of many busy CPUs there is always one that is counting.)
 ///
 /// # Errors
 /// Those of `read`.
-pub fn whole<E>(mut attempts: u32, mut read: impl FnMut() -> Result<Vec<Row>, E>) -> Result<Vec<Row>, E> {
-    loop {
-        let rows = read()?;
-        attempts = attempts.saturating_sub(1);
-        if attempts == 0 || is_whole(&rows) {
-            return Ok(rows);
+pub fn whole<E>(attempts: u32, mut read: impl FnMut() -> Result<Vec<Row>, E>) -> Result<Vec<Row>, E> {
+    let mut rows = read()?;
+    for _ in 1..attempts {
+        if is_whole(&rows) {
+            break;
         }
         std::thread::sleep(PAUSE);
+        for (row, again) in rows.iter_mut().zip(read()?) {
+            if !is_whole_row(row) {
+                *row = again;
+            }
+        }
     }
+    Ok(rows)
 }
 
 /// What is known of the sockets of tracer's network namespace at one moment. All but the last two are the kernel's counters.
@@ -510,6 +519,11 @@ mod tests {
             Ok::<_, ()>(vec![row(5, if reads < 3 { 4 } else { 5 }, 0, 0)])
         };
         assert_eq!(whole(10, &mut read).expect("it is read")[0][SEEN], 5);
+        // Never all at once.
+        let (torn, fine) = (row(5, 4, 0, 0), row(5, 5, 0, 0));
+        let mut readings = [vec![torn, fine], vec![fine, torn]].into_iter();
+        let rows = whole(10, || readings.next().ok_or(())).expect("two readings are enough");
+        assert!(rows.iter().all(is_whole_row));
         assert_eq!(reads, 3);
         assert!(!is_whole(&whole(2, || Ok::<_, ()>(vec![row(5, 4, 0, 0)])).expect("it is read")));
     }
