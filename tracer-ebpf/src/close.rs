@@ -61,8 +61,9 @@ unsafe fn last_seen(sk: Sock) -> Option<*mut Seen> {
     SEEN.get_ptr_mut(u32::from(unsafe { sock::locked_by_process(sk) }))
 }
 
-/// Whether the first program has seen a transition after all: where programs can be preempted, another process may have
-/// overwritten [`SEEN`] in between.
+/// Whether the first program has seen a transition after all: where programs can be preempted (7.x), another process may have
+/// overwritten [`SEEN`] in between, or this one gone to another CPU. Of a socket that has no state (it listens, or a filter
+/// leaves it out) this is not known; then the books count it twice.
 ///
 /// # Safety
 /// As for [`transition`].
@@ -70,11 +71,9 @@ unsafe fn last_seen(sk: Sock) -> Option<*mut Seen> {
 unsafe fn was_noted(sk: Sock, new: i32) -> bool {
     // SAFETY: by the caller's word.
     let Some(conn) = (unsafe { conn::get(sk) }) else { return false };
-    if new == tcp::CLOSE {
-        conn.marks & mark::ENDED != 0
-    } else {
-        conn.last_state().is_some_and(|(state, _)| i32::from(state) == new)
-    }
+    // There may have been no room for its end.
+    (new == tcp::CLOSE && conn.marks & mark::ENDED != 0)
+        || conn.last_state().is_some_and(|(state, _)| i32::from(state) == new)
 }
 
 #[inline(always)]
@@ -159,6 +158,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
             traffic::first_sight(conn, cookie, if new == tcp::SYN_SENT { new } else { old }, now);
         }
         if new == tcp::CLOSE && old == tcp::SYN_RECV && never_lived(sk, conn) {
+            conn.push_state(new, now);
             ledger::add(row, Column::Void, 1);
             return;
         }

@@ -35,7 +35,8 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
     0
 }
 
-/// Looks at one open file. It does not find a socket that no process has accepted.
+/// Looks at one open file. It does not find a socket that is in no process's table of open files: because none has accepted it,
+/// or because it is io_uring's own, or the kernel's.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 extern "C" fn close_wait_files(ctx: *mut TaskFile) -> c_int {

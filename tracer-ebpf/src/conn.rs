@@ -33,8 +33,8 @@ pub(crate) mod mark {
 
 /// What is known of one socket. Times are `bpf_ktime_get_ns`.
 ///
-/// Tracepoints and egress run where the socket is locked; ingress and the walk over open files do not, and may run on
-/// another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`), what [`Http`] says, or single words
+/// Tracepoints and egress run where the socket is locked; ingress and the walks over open files and over sockets do not, and
+/// may run on another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`), what [`Http`] says, or single words
 /// whose last writer may win (`first_end` and when that was); the first sight of a socket, from wherever, is one program's alone
 /// (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
 ///
@@ -60,7 +60,7 @@ pub(crate) struct Conn {
     pub(crate) older: u8,
     /// Not 0: a RST segment arrived; whether TCP accepted it, `tcp_receive_reset` tells.
     pub(crate) rst_seen: u8,
-    /// Not 0: that it stays in CLOSE_WAIT was told. Only the walk over all sockets changes this.
+    /// Not 0: that it stays in CLOSE_WAIT was told. Only the walk that tells it changes this.
     pub(crate) close_wait_told: u8,
     pub(crate) http: Http,
     pub(crate) states: [u64; STATES],

@@ -103,8 +103,9 @@ pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
 unsafe fn run(skb: *mut __sk_buff, direction: usize, payload_at: u32, at: u32, len: u32, http: &mut Http) {
     let mut context = core::mem::MaybeUninit::<Context>::uninit();
     let context = context.as_mut_ptr();
-    // SAFETY: every field of `context` is written before it is read, but for words of the window: of those the scanner looks at
-    // none behind what was filled, and takes any value for one. Volatile words: an array copy becomes a loop.
+    // SAFETY: every field of `context` is written before it is read, but for words of the window behind what was filled. The
+    // scanner may read these, and any value of them gives the same answer. That they were not written the compiler cannot know:
+    // the address of `context` goes to helpers and to functions of their own. Volatile words: an array copy becomes a loop.
     unsafe {
         (*context).skb = skb;
         (*context).http = http;

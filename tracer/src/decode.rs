@@ -312,9 +312,11 @@ fn payload_protocol(record: &Record) -> Protocol {
     let exchange = &record.http;
     match exchange.protocol {
         protocol::HTTP1 => {
-            let version =
-                if exchange.request_version != 0 { exchange.request_version } else { exchange.response_version };
-            if version == 10 { Protocol::Http10 } else { Protocol::Http11 }
+            match if exchange.request_version != 0 { exchange.request_version } else { exchange.response_version } {
+                0 => Protocol::Unobserved,
+                10 => Protocol::Http10,
+                _ => Protocol::Http11,
+            }
         }
         protocol::H2 => Protocol::H2,
         protocol::WEBSOCKET => Protocol::Websocket,

@@ -9,7 +9,7 @@ use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter};
@@ -210,8 +210,8 @@ const HOOKS: [Hook; 9] = [
         name: "iter/bpf_sk_storage_map",
         place: Place::Sockets,
         without: Without::Degraded(
-            "of sockets that stay in CLOSE_WAIT those are not reported that no process has accepted; the others are looked \
-             for among all open files of all processes",
+            "sockets that stay in CLOSE_WAIT are looked for among the open files of the processes of tracer's pid namespace: \
+             those are not reported that no process has accepted, or that are io_uring's own",
         ),
     },
 ];
@@ -314,10 +314,15 @@ impl<'a> Object<'a> {
             Place::Sockets => match SocketWalk::over_storage(&mut self.ebpf, &self.btf, self.layout) {
                 Ok(walk) => self.close_wait = Some(walk),
                 // The other one finds most of them, too.
-                Err(error) => {
-                    self.close_wait = Some(SocketWalk::over_files(&mut self.ebpf, &self.btf)?);
-                    return Err(error);
-                }
+                Err(error) => match SocketWalk::over_files(&mut self.ebpf, &self.btf) {
+                    Ok(walk) => {
+                        self.close_wait = Some(walk);
+                        return Err(error);
+                    }
+                    Err(other) => {
+                        return Err(anyhow!("{error:#}; but none is reported, for that is refused, too: {other:#}"));
+                    }
+                },
             },
         }
         Ok(())
@@ -487,7 +492,7 @@ impl SocketWalk {
     fn over_storage(ebpf: &mut Ebpf, btf: &Btf, layout: &Layout) -> Result<Self> {
         if !layout.bears_storage_walk {
             let release = preflight::kernel_release();
-            bail!("a walk over the storage of sockets can crash kernel {release} (7.0 and later)");
+            bail!("a walk over the storage of sockets can crash kernel {release}");
         }
         let map = match ebpf.map("SOCKETS") {
             Some(Map::SkStorage(map)) => map.fd().as_fd().try_clone_to_owned()?,

@@ -134,8 +134,9 @@ pub(crate) fn pid_namespace() -> Result<(), String> {
     if in_initial_pid_namespace() || !Path::new("/proc/self/ns/pid").exists() {
         return Ok(());
     }
-    Err("not in the host's pid namespace: process ids are the host's, and exe, cgroup and container are not looked up; \
-         run tracer on the host (in a container: --pid=host)"
+    Err("not in the host's pid namespace: process ids are the host's, and exe, cgroup and container are not looked up; of \
+         connections that are open already only those of its own namespace have a process; run tracer on the host (in a \
+         container: --pid=host)"
         .to_owned())
 }
 
@@ -252,6 +253,11 @@ pub fn kernel_release() -> String {
 /// tells: 6.1 does not, 6.12 does. Where it may not, they are written first, which costs a few nanoseconds.
 pub(crate) fn reads_any_stack() -> bool {
     version(&kernel_release()).is_some_and(|version| version >= (6, 12))
+}
+
+/// Whether the kernel's release says that it is older than this one.
+pub(crate) fn is_older_than(than: (u32, u32)) -> bool {
+    version(&kernel_release()).is_some_and(|version| version < than)
 }
 
 /// The first two numbers of a release.

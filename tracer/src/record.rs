@@ -656,7 +656,7 @@ mod tests {
         let (reader, writer) = io::pipe().expect("a pipe");
         drop(reader);
         let mut behind = Behind::start(File::from(OwnedFd::from(writer))).expect("a thread");
-        let failed = (0..1_000).find_map(|_| {
+        let failed = (0..10_000).find_map(|_| {
             std::thread::sleep(Duration::from_millis(1));
             behind.write_all(b"frame").err()
         });

@@ -167,5 +167,7 @@ fn landlock_alone_keeps_files_ports_and_others_from_the_reader() {
             assert_eq!(answer, wanted, "{what}, with ends_children {ends_children}");
         }
     }
-    assert_eq!(fs::read_to_string(&file).expect("it is there"), "content");
+    // Before interface 3 it was cut.
+    let content = fs::read_to_string(&file).expect("it is there");
+    assert!(content == "content" || lacks_interface(3), "{content}");
 }

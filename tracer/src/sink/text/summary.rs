@@ -182,7 +182,7 @@ impl Line {
         }
         if rows.len() > shown.len() {
             self.stop(column::PROCESS);
-            self.put(&format!("{} other CPUs, which lost less: see ledger in --json", rows.len() - shown.len()));
+            self.put(&format!("{} other CPUs, which lost no more: see ledger in --json", rows.len() - shown.len()));
             self.end();
         }
     }
