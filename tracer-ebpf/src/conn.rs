@@ -107,9 +107,9 @@ static COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::ne
 /// it as long as it finds records, see [`WAKEUP_NS`].
 #[btf_map]
 static LOOKS_UNTIL: Array<u64, 1> = Array::new();
-/// The processes asked for and their descendants: process id to start time in [`TICK_NS`].
+/// The processes asked for and their descendants: process id to start time in [`TICK_NS`]. How many find room user space says.
 #[btf_map]
-pub(crate) static PIDS: HashMap<u32, u64, 16384> = HashMap::new();
+pub(crate) static PIDS: HashMap<u32, u64, 1> = HashMap::new();
 /// The ports asked for.
 #[btf_map]
 static PORTS: HashMap<u16, u8, 1024> = HashMap::new();

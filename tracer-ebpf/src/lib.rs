@@ -339,8 +339,10 @@ pub mod counter {
     pub const LOST: u32 = 0;
     /// Sockets that could not be given storage.
     pub const UNTRACKED: u32 = 1;
+    /// Processes that `PIDS` had no room for.
+    pub const LEFT_OUT: u32 = 2;
     /// Number of counters.
-    pub const COUNT: u32 = 2;
+    pub const COUNT: u32 = 3;
 }
 
 /// The `LEDGER` per-CPU map: what became of each end of a TCP socket.

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_from_file};
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
-use tracer_ebpf::{TICK_NS, Task, flag, source};
+use tracer_ebpf::{TICK_NS, Task, counter, flag, source};
 
 use crate::conn::{self, Conn, EXITED, PIDS, mark};
 use crate::sock::{self, Sock, Who, load, tcp};
@@ -167,7 +167,10 @@ fn sched_process_fork(ctx: BtfTracePointContext) -> i32 {
         }
         sock::process(child, &raw mut of_child);
         if of_child.tgid != of_parent.tgid && PIDS.insert(of_child.tgid, of_child.start_ns / TICK_NS, 0).is_err() {
-            warn!(&ctx, "--pid follows at most 16384 processes: {} is left out", of_child.tgid);
+            conn::count(counter::LEFT_OUT);
+            if conn::worth_a_warning(counter::LEFT_OUT) {
+                warn!(&ctx, "--pid follows no more processes at once: {} is left out", of_child.tgid);
+            }
         }
     }
     0

@@ -36,6 +36,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("TRACER_BPF_OBJECT"));
 pub struct Ask {
     /// Processes: they and their descendants only. Empty: all.
     pub pids: Vec<u32>,
+    /// How many processes, with descendants, are followed at once. Each takes some 80 bytes of kernel memory from the beginning.
+    pub most_processes: u32,
     /// Local or remote ports. Empty: all.
     pub ports: Vec<u16>,
     /// Process names, NUL-padded. Empty: all.
@@ -59,10 +61,14 @@ pub struct Ask {
 }
 
 impl Ask {
+    /// Enough for every host that was seen; 10 MB.
+    const MOST_PROCESSES: u32 = 1 << 17;
+
     /// What a filter asks of the programs, but for names.
     pub fn of(filter: &Filter) -> Self {
         Self {
             pids: filter.pids.clone(),
+            most_processes: Self::MOST_PROCESSES,
             ports: filter.ports.clone(),
             peers: filter.peers.clone(),
             locals: filter.locals.clone(),
@@ -92,6 +98,8 @@ pub struct Counters {
     pub lost: u64,
     /// Sockets that could not be followed for want of memory.
     pub untracked: u64,
+    /// Processes that could not be followed, as there were too many at once: [`Ask::most_processes`].
+    pub left_out: u64,
 }
 
 /// The attached programs; dropped, they are gone.
@@ -273,6 +281,7 @@ impl<'a> Object<'a> {
             .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .map_max_entries("RING", ask.ring_bytes)
+            .map_max_entries("PIDS", if ask.pids.is_empty() { 1 } else { ask.most_processes })
             .load(OBJECT)
             .context("cannot create the maps of the kernel programs")?;
         fill(&mut ebpf, "PORTS", &ask.ports.iter().map(|port| (*port, 1u8)).collect::<Vec<_>>())?;
@@ -364,7 +373,7 @@ impl Kernel {
         for hook in hooks {
             // Behind the hook on forks, and before the first that sees a socket.
             if matches!(hook.place, Place::Packets(..)) && !followed {
-                follow(&mut object.ebpf, &ask.pids)?;
+                follow(&mut object.ebpf, ask)?;
                 followed = true;
             }
             match (object.attach(hook), hook.without) {
@@ -436,7 +445,11 @@ impl Kernel {
         let sum = |index: u32| -> Result<u64> {
             Ok(self.counters.get(&index, 0).context("cannot read the programs' counters")?.iter().sum())
         };
-        Ok(Counters { lost: sum(counter::LOST)?, untracked: sum(counter::UNTRACKED)? })
+        Ok(Counters {
+            lost: sum(counter::LOST)?,
+            untracked: sum(counter::UNTRACKED)?,
+            left_out: sum(counter::LEFT_OUT)?,
+        })
     }
 }
 
@@ -469,13 +482,16 @@ fn fill_prefixes(ebpf: &mut Ebpf, name: &str, networks: &[IpNet]) -> Result<()> 
 
 /// Enters processes and their descendants. The hook on forks, which is attached already, adds the children of those that
 /// are entered; so walks are made until one finds nobody who was not: then no child was born in between.
-fn follow(ebpf: &mut Ebpf, pids: &[u32]) -> Result<()> {
+fn follow(ebpf: &mut Ebpf, ask: &Ask) -> Result<()> {
     let mut known = HashSet::new();
     for _ in 0..100 {
-        let found = descendants::of(pids).map_err(Refusal::no_such_process)?;
+        let found = descendants::of(&ask.pids).map_err(Refusal::no_such_process)?;
         let new: Vec<_> = found.into_iter().filter(|process| known.insert(*process)).collect();
         if new.is_empty() {
             break;
+        }
+        if known.len() > ask.most_processes as usize {
+            return Err(Refusal::too_many_processes(known.len(), ask.most_processes).into());
         }
         fill(ebpf, "PIDS", &new)?;
     }

@@ -40,6 +40,14 @@ impl Refusal {
         }
     }
 
+    /// `--pid` asks for more processes than are followed.
+    pub fn too_many_processes(there_are: usize, most: u32) -> Self {
+        let message = format!(
+            "--pid: there are {there_are} processes with all descendants, and {most} at most are followed; ask for some of them"
+        );
+        Self { code: exit::USAGE, message }
+    }
+
     /// The file that something is to be written to cannot be made.
     pub fn cannot_make(path: &Path, error: &std::io::Error) -> Self {
         Self { code: exit::FAILURE, message: format!("cannot make {}: {error}", path.display()) }

@@ -159,7 +159,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
         time_wait_max,
         degraded,
     });
-    let mut losses = Losses { missed: Missed::default(), since: Timestamp::now() };
+    let mut losses = Losses { missed: Missed::default(), since: Timestamp::now(), left_out: 0 };
     let mut loss_check = tokio::time::interval(LOSS_CHECK);
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let close_wait_period = close_wait_period(options.ask.close_wait_after);
@@ -279,6 +279,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let ledger = reporter.finish(&moment(losses.missed, &sockstat, ledger), &mut lines)?;
     let complaint = match ledger {
         _ if !options.strict => None,
+        _ if losses.left_out > 0 => {
+            Some(format!("{} processes that --pid asks for were too many to be followed at once", losses.left_out))
+        }
         Some(ledger) => ledger::complaint(&ledger, losses.missed.lost),
         None => Some("what the programs counted cannot be read".to_owned()),
     };
@@ -405,11 +408,14 @@ async fn until(at: Option<Instant>) {
 struct Losses {
     missed: Missed,
     since: Timestamp,
+    /// Processes that `--pid` asks for, and that were not followed.
+    left_out: u64,
 }
 
 impl Losses {
     fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<()> {
-        let Counters { lost, untracked } = kernel.counters()?;
+        let Counters { lost, untracked, left_out } = kernel.counters()?;
+        self.left_out = left_out;
         let missed = &mut self.missed;
         if untracked > missed.untracked {
             warn!(

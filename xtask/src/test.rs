@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all tests. First those that need no privileges, then the page in a browser, then those that watch real
 //! sockets as root.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::workspace::{self, Program};
 
@@ -50,9 +50,16 @@ fn page() -> Result<()> {
 }
 
 fn kernel(filter: Option<&str>) -> Result<()> {
+    const TESTS: [&str; 5] = ["test", "--package", "tracer", "--test", "kernel"];
+    if let Some(filter) = filter {
+        let listed = workspace::output(workspace::cargo().args(TESTS).args(["--", "--list", filter]))?;
+        if !listed.lines().any(|line| line.ends_with(": test")) {
+            bail!("no kernel test has {filter} in its name");
+        }
+    }
     workspace::succeed(
         workspace::cargo()
-            .args(["test", "--package", "tracer", "--test", "kernel"])
+            .args(TESTS)
             .args(workspace::as_root()?)
             // They mostly wait: for time-outs, and for the verifier.
             .args(["--", "--test-threads=4"])

@@ -312,6 +312,35 @@ fn doctor_says_what_tracing_says() {
     assert_eq!(Blinded::without_all(&MISSING, free_port()).attached.kernel.degraded[..MISSING.len()], said);
 }
 
+#[test]
+fn more_processes_than_are_followed_are_counted_or_refused() {
+    let host = preflight::check().unwrap_or_else(|refusal| panic!("{refusal}"));
+    let mut parent = Script::start(
+        free_port(),
+        "say('ready')\n\
+         hear()\n\
+         children = [fork(signal.pause) for _ in range(6)]\n\
+         say('forked')\n\
+         hear()\n\
+         for child in children: os.kill(child, signal.SIGKILL); os.waitpid(child, 0)",
+    );
+    parent.expect("ready");
+    let ask = Ask { pids: vec![parent.pid()], most_processes: 4, ring_bytes: 1 << 16, ..Ask::default() };
+    let attached = Kernel::attach(&ask, &host.cgroup, &host.layout).expect("it is one process");
+    assert_eq!(attached.kernel.counters().expect("they can be read").left_out, 0);
+    parent.tell("fork");
+    parent.expect("forked");
+    let left_out = attached.kernel.counters().expect("they can be read").left_out;
+    assert_eq!(left_out, 3, "of seven processes");
+    drop(attached);
+    let Err(error) = Kernel::attach(&ask, &host.cgroup, &host.layout) else { panic!("they are too many") };
+    let refusal = preflight::explain(error);
+    assert_eq!(refusal.code, exit::USAGE, "{refusal}");
+    assert!(refusal.message.contains("there are 7 processes") && refusal.message.contains("4 at most"), "{refusal}");
+    parent.tell("end");
+    parent.ends();
+}
+
 /// As on a kernel that a walk over the storage of sockets can crash.
 #[test]
 fn without_the_walk_over_storage_those_in_close_wait_are_found_by_their_files() {
