@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
-use log::warn;
+use log::{debug, warn};
 use tokio::io::Interest;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -93,6 +93,10 @@ pub fn run(mut options: Options) -> Result<()> {
         Err(_) => None,
     };
     options.wanted.watch.launcher = options.exec.as_deref().map(Launcher::start).transpose()?;
+    // Behind the start of the others, who would inherit it. Where the kernel gives huge pages unasked, three small heaps take megabytes.
+    if let Err(error) = rustix::thread::disable_transparent_huge_pages(true) {
+        debug!("huge pages cannot be done without: {error}");
+    }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")?;
     runtime.block_on(trace(options, host, broker))

@@ -47,7 +47,9 @@ pub(crate) fn fuzz(minutes: u64, named: &[String]) -> Result<()> {
         command.current_dir(&directory).env("RUSTC_BOOTSTRAP", "1");
         // Set by the cargo that runs this: that of another workspace.
         command.env_remove("CARGO_TARGET_DIR");
-        command.args(["fuzz", "run", "--fuzz-dir", ".", target]).arg(&corpus).arg(format!("corpus/{target}"));
+        command.args(["fuzz", "run", "--fuzz-dir", ".", "--target-dir"]).arg(workspace::target_dir().join("fuzz"));
+        // (Beside the sources, what is built would be taken for executables that belong to them: `cargo xtask deny`.)
+        command.arg(target).arg(&corpus).arg(format!("corpus/{target}"));
         command.args(["--", "-print_final_stats=1", "-timeout=20"]).args(options);
         command.arg(format!("-max_total_time={}", minutes * 60));
         workspace::succeed(&mut command)?;
