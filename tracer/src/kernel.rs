@@ -209,7 +209,7 @@ const HOOKS: [Hook; 9] = [
     Hook { name: "cgroup_skb/egress", place: Place::Packets(Direction::Egress), without: Without::Refused },
     tracepoint(
         "tp_btf/inet_sock_set_state",
-        "inet_sock_set_state",
+        TRANSITIONS,
         &["inet_sock_set_state", "inet_sock_set_state_nested"],
         Without::Refused,
     ),
@@ -224,6 +224,7 @@ const HOOKS: [Hook; 9] = [
     },
 ];
 
+const TRANSITIONS: &str = "inet_sock_set_state";
 const RECEIVE_RESET: &str = "tp_btf/tcp_receive_reset";
 const SEND_RESET: &str = "tp_btf/tcp_send_reset";
 const PROCESS_EXIT: &str = "tp_btf/sched_process_exit";
@@ -405,7 +406,22 @@ impl Kernel {
     }
 
     /// Detaches the programs. What they have written, and their counters, can still be read.
+    ///
+    /// First those that write records: what a record says must not depend on hooks that are gone already.
     pub fn detach(&mut self) {
+        if let Some(ebpf) = &mut self.ebpf {
+            let transitions = HOOKS.iter().filter_map(|hook| match hook.place {
+                Place::Tracepoint(TRANSITIONS, programs) => Some(programs),
+                _ => None,
+            });
+            for name in transitions.flatten() {
+                let unloaded =
+                    program(ebpf, name).and_then(|program| Ok(<&mut BtfTracePoint>::try_from(program)?.unload()?));
+                if let Err(error) = unloaded {
+                    debug!("program {name} goes with the others: {error:#}");
+                }
+            }
+        }
         self.ebpf = None;
         self.close_wait = None;
     }

@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::rig::{Guard, Listener, Tracer, expect, get, ok, tracer};
 
@@ -204,4 +204,30 @@ fn a_process_that_dies_at_once() {
     let close = tracer.wait_for_close(port, listener.port);
     expect(&close, &json!({ "role": "client", "process": { "pid": client.id(), "comm": "bash" } }));
     tracer.stop();
+}
+
+/// While hooks come and go, connections do, too: a record must not be made of what only some of them saw.
+#[test]
+fn the_first_and_the_last_connections_are_told_in_full() {
+    let listener = Listener::new();
+    let mut whole = 0;
+    for _ in 0..5 {
+        let mut command = tracer();
+        command.args(["run", "--json", "--duration", "100ms", "--port", &listener.port.to_string()]);
+        let running = std::thread::spawn(move || command.output().expect("it runs"));
+        while !running.is_finished() {
+            let mut pair = listener.connect();
+            pair.request(get("Connection: close\r\n"));
+            pair.respond(ok(""));
+            pair.server_closes_first();
+        }
+        let output = running.join().expect("it ran");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let events = text.lines().map(|line| serde_json::from_str(line).expect("JSON"));
+        for close in events.filter(|event: &Value| event["type"] == "close" && event["started_before"] == false) {
+            expect(&close, &json!({ "cause": "request_close", "protocol": "http/1.1", "how": "fin" }));
+            whole += 1;
+        }
+    }
+    assert!(whole > 0);
 }
