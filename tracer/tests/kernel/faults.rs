@@ -35,7 +35,13 @@ fn traffic(listener: &Listener, count: usize) -> Vec<(u16, u16)> {
 }
 
 /// So many connections that their lines do not fit into the pipe at stdout (1 MiB; a line has 900 bytes, and there are two).
-const MORE_THAN_A_PIPE: usize = 1_000;
+/// More than a pipe takes, a megabyte, even of a small ring buffer: what comes all at once is lost before it is a line.
+fn more_than_a_pipe(listener: &Listener) {
+    for _ in 0..15 {
+        traffic(listener, 200);
+        std::thread::sleep(Duration::from_millis(25));
+    }
+}
 
 /// `tracer run --json` on one port, whose output nobody collects.
 fn tracer_on(listener: &Listener) -> Command {
@@ -117,7 +123,7 @@ fn sigkill_while_it_ends() {
     // Nobody reads, so its end takes a while.
     let mut process = Guard(tracer_on(&listener).stdout(Stdio::piped()).spawn().expect("it starts"));
     wait_until("all links", || kinds_of(process.id()).contains("link") && started(process.id()));
-    traffic(&listener, MORE_THAN_A_PIPE);
+    more_than_a_pipe(&listener);
     std::thread::sleep(Duration::from_millis(300));
     process.signal(Signal::INT);
     wait_until("the links to go", || !kinds_of(process.id()).contains("link"));
@@ -326,7 +332,7 @@ fn a_reader_that_stalls_costs_records_and_each_is_counted() {
 fn a_reader_that_never_comes_does_not_hold_up_the_end() {
     let listener = Listener::new();
     let (mut process, stdout) = unread(&listener);
-    traffic(&listener, MORE_THAN_A_PIPE);
+    more_than_a_pipe(&listener);
     let asked = Instant::now();
     process.signal(Signal::TERM);
     assert_eq!(process.wait().code(), Some(0));
