@@ -335,12 +335,20 @@ impl Run {
 
 /// Collects one event a line; what is no JSON object with `type` and `time` fails the test when it is looked for.
 fn read_events(stdout: ChildStdout, shared: &Shared) {
-    for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+    // Parsing is slow, and tracer ends without a reader that takes its time.
+    let (send, lines) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        for line in BufReader::with_capacity(1 << 20, stdout).lines().map_while(Result::ok) {
+            send.send(line).expect("it is read to its end");
+        }
+    });
+    for line in lines {
         let event =
             serde_json::from_str(&line).unwrap_or_else(|error| json!({ "not JSON": line, "error": error.to_string() }));
         shared.lock().events.push(event);
         shared.changed.notify_all();
     }
+    reader.join().expect("reading does not fail");
     shared.lock().ended = true;
     shared.changed.notify_all();
 }
