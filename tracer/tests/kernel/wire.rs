@@ -857,7 +857,8 @@ fn a_path_that_loses_packets() {
             });
         }
     });
-    let closes = tracer.wait_for_closes(2 * THREADS * EACH, |_| true);
+    // Some kernels show a few ends to no BPF program. One of 500 at most, as everywhere: see `docs/oracle.md`.
+    let closes = tracer.wait_for_closes(2 * THREADS * EACH * 499 / 500, |_| true);
     let mut unobserved = [0; 2];
     for close in &closes {
         let server = close["role"] == "server";
