@@ -7,8 +7,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use btf_rs::{Btf, BtfType, Type};
 use tracer_ebpf::Offsets;
 
-use crate::preflight;
-
 /// The kernel's own types.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
@@ -23,7 +21,7 @@ pub struct Layout {
     /// socket that goes at that moment loses its link to it (`bpf_selem_unlink_nofail`), and the kernel follows that link all the
     /// same: `__bpf_sk_storage_map_seq_show` was seen to crash so on 7.2.13 (a NULL pointer; the thread that reads dies of it).
     /// The change came with a new member of `struct bpf_local_storage_elem`, by which it is recognised where it was carried back.
-    /// Where neither version nor types say that it is an older one, it is taken for none.
+    /// `preflight` also asks for the version.
     pub bears_storage_walk: bool,
 }
 
@@ -46,10 +44,9 @@ impl Types {
     /// # Errors
     /// The kernel lacks a member that is needed.
     pub fn layout(&self) -> Result<Layout> {
-        let older = preflight::is_older_than((7, 0))
-            && self.member("bpf_local_storage_elem", "map_node").is_ok()
+        let bears_storage_walk = self.member("bpf_local_storage_elem", "map_node").is_ok()
             && self.member("bpf_local_storage_elem", "state").is_err();
-        Ok(Layout { offsets: self.offsets()?, bears_storage_walk: older })
+        Ok(Layout { offsets: self.offsets()?, bears_storage_walk })
     }
 
     /// Resolves every member of [`Offsets`].

@@ -263,11 +263,6 @@ pub(crate) fn reads_any_stack() -> bool {
     version(&kernel_release()).is_some_and(|version| version >= (6, 12))
 }
 
-/// Whether the kernel's release says that it is older than this one.
-pub(crate) fn is_older_than(than: (u32, u32)) -> bool {
-    version(&kernel_release()).is_some_and(|version| version < than)
-}
-
 /// The first two numbers of a release.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
@@ -300,7 +295,9 @@ pub(crate) fn kernel() -> Result<Layout, Refusal> {
             message: format!("kernel {release} lacks {}; tracer needs Linux {needs} or later", what.join(" and ")),
         });
     }
-    types.layout().map_err(|error| refuse(exit::KERNEL, error))
+    let mut layout = types.layout().map_err(|error| refuse(exit::KERNEL, error))?;
+    layout.bears_storage_walk &= version(&release).is_some_and(|version| version < (7, 0));
+    Ok(layout)
 }
 
 /// The state of kernel lockdown, for the explanation of a refusal; `None` where the kernel has none.

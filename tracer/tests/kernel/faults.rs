@@ -621,7 +621,7 @@ fn short_lived_processes_by_the_thousand() {
     clients.ends();
     let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));
     // What is kept, and what had not been read yet by a tracer that got no processor.
-    assert!(grown < 16 << 10, "{grown} KiB more for {PROCESSES} processes");
+    assert!(grown < 8 << 10, "{grown} KiB more for {PROCESSES} processes");
     let (mut named, mut stayed) = (0, 0);
     for close in closes.iter().filter(|close| port_of(close, "remote") == Some(port)) {
         // Which of them it was where a port was used twice cannot be told; that it was another process can.

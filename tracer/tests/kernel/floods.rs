@@ -72,6 +72,16 @@ fn script(namespace: &Namespace, script: &str, port: u16, count: usize) -> Comma
     command
 }
 
+/// Runs [`SLOW`] up to where all heads have begun; a line on its stdin ends it.
+fn slow(namespace: &Namespace, port: u16, count: usize) -> Guard {
+    let mut command = script(namespace, SLOW, port, count);
+    let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
+    let mut line = String::new();
+    BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+    assert_eq!(line, "slow\n");
+    slow
+}
+
 /// Reads all that a tracer prints up to its summary, and gives each close to `each`.
 ///
 /// It is understood only when all is there: what waits for a slow reader takes memory of tracer.
@@ -151,11 +161,7 @@ fn heads_that_never_end_take_nothing_of_tracer() {
             let summary = read(stdout, |close| ends.push(close.clone()));
             (summary, ends)
         });
-        let mut command = script(&namespace, SLOW, port, COUNT);
-        let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
-        let mut line = String::new();
-        BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
-        assert_eq!(line, "slow\n");
+        let mut slow = slow(&namespace, port, COUNT);
         let after_kib = anonymous_kib(process.id());
         eprintln!("{COUNT} unfinished heads: {before_kib} KiB before, {after_kib} KiB after");
         // All that is known of them is in the kernel, and of a fixed size for each socket.
@@ -201,11 +207,7 @@ fn a_flood_takes_a_fixed_size_of_kernel_memory_for_each_socket() {
         let (with, without) = std::thread::scope(|scope| {
             let mut process = process;
             let reader = scope.spawn(move || read(stdout, |_| {}));
-            let mut command = script(&namespace, SLOW, port, COUNT);
-            let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
-            let mut line = String::new();
-            BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
-            assert_eq!(line, "slow\n");
+            let mut slow = slow(&namespace, port, COUNT);
             let with = charged(&namespace);
             process.signal(Signal::INT);
             assert!(process.wait().success());
@@ -241,11 +243,7 @@ fn what_a_port_leaves_out_takes_no_memory_once_it_is_connected() {
     for _ in 0..10 {
         let (asked, other) = (free_port(), free_port());
         let (mut process, stdout) = start(&namespace, asked);
-        let mut command = script(&namespace, SLOW, other, 20);
-        let mut slow = Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"));
-        let mut line = String::new();
-        BufReader::new(slow.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
-        assert_eq!(line, "slow\n");
+        let slow = slow(&namespace, other, 20);
         let with = charged(&namespace);
         process.signal(Signal::INT);
         assert!(process.wait().success());
