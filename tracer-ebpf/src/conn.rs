@@ -34,9 +34,9 @@ pub(crate) mod mark {
 /// What is known of one socket. Times are `bpf_ktime_get_ns`.
 ///
 /// Tracepoints and egress run where the socket is locked; ingress and the walks over open files and over sockets do not, and
-/// may run on another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`), what [`Http`] says, or single words
-/// whose last writer may win (`first_end` and when that was); the first sight of a socket, from wherever, is one program's alone
-/// (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
+/// may run on another CPU at the same time. So ingress writes only what nobody else does (`rst_seen`), what [`Http`] says, or
+/// single words whose last writer may win (`first_end` and when that was); the first sight of a socket, from wherever, is one
+/// program's alone (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
 ///
 /// With what the kernel adds (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes, all
 /// of which are cleared for each socket. The kernel puts it 8 bytes behind the begin of a cache line. That line is read by each

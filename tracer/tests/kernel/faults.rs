@@ -17,8 +17,8 @@ use crate::leftovers::{exists, held_by, mounts};
 use crate::names::stopped;
 use crate::privileges::{broker_of, names_everything, nobody_with, unit_capabilities};
 use crate::rig::{
-    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_of_now, is_socket, ok, port_of, resident_kib,
-    run, tracer, wait_until,
+    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_of_now, is_socket, not_hidden, ok, port_of,
+    resident_kib, run, tracer, wait_until,
 };
 use crate::script::Script;
 use crate::summary::launcher_of;
@@ -615,8 +615,7 @@ fn short_lived_processes_by_the_thousand() {
         }
     }
     let python = fs::read_link(format!("/proc/{}/exe", server.pid())).expect("it runs").display().to_string();
-    // Some kernels show a few ends to no BPF program. One of 500 at most, as everywhere: see `docs/oracle.md`.
-    let closes = tracer.wait_for_closes(2 * PROCESSES * 499 / 500, |_| true);
+    let closes = tracer.wait_for_closes(not_hidden(2 * PROCESSES), |_| true);
     clients.tell("end");
     clients.ends();
     let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));

@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::peer::{ACK, FIN, PSH, Peer, RST, SYN, Segment, URG, Wire, accept, receive, set_option};
-use crate::rig::{Namespace, PATIENCE, Tracer, end_of, expect, free_port, get, ok, run};
+use crate::rig::{Namespace, PATIENCE, Tracer, end_of, expect, free_port, get, not_hidden, ok, run};
 
 /// Numbers of bytes are small here.
 fn len(bytes: impl AsRef<[u8]>) -> i32 {
@@ -857,8 +857,7 @@ fn a_path_that_loses_packets() {
             });
         }
     });
-    // Some kernels show a few ends to no BPF program. One of 500 at most, as everywhere: see `docs/oracle.md`.
-    let closes = tracer.wait_for_closes(2 * THREADS * EACH * 499 / 500, |_| true);
+    let closes = tracer.wait_for_closes(not_hidden(2 * THREADS * EACH), |_| true);
     let mut unobserved = [0; 2];
     for close in &closes {
         let server = close["role"] == "server";
