@@ -3,6 +3,7 @@
 //! `inet_sock_set_state` never reports TIME_WAIT: an active close ends FIN_WAIT2→CLOSE, whether or not a TIME_WAIT
 //! mini-socket is left. Here only the facts are collected that tell these cases apart; user space judges.
 
+use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
@@ -169,13 +170,6 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
         }
         if new == tcp::ESTABLISHED {
             conn.established_ns = now;
-            if old == tcp::SYN_SENT {
-                // A RST that was sent to an old connection of the peer's, or came from it, did not end this one.
-                conn.flags &= !(flag::RST_SENT | flag::RST_RECEIVED);
-                conn.first_end = first_end::NONE;
-                conn.http.ending.at_ns = 0;
-                conn.rst_seen = 0;
-            }
             if let Some((rcv_nxt, snd_una)) = sock::progress(sk) {
                 traffic::established(conn, rcv_nxt, snd_una);
             }
@@ -305,14 +299,18 @@ fn tcp_receive_reset(ctx: BtfTracePointContext) -> i32 {
 /// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/tcp.h#L106>
 #[btf_tracepoint(function = "tcp_send_reset")]
 fn tcp_send_reset(ctx: BtfTracePointContext) -> i32 {
-    let sk: Sock = ctx.arg::<*mut _>(0);
+    let (sk, answered): (Sock, *mut c_void) = (ctx.arg::<*mut _>(0), ctx.arg(1));
     if sk.is_null() {
         return 0;
     }
-    // SAFETY: argument 0 is a BTF pointer to a `struct sock`, and not NULL; the helper refuses mini-sockets.
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`, and not NULL; the helper refuses mini-sockets. Its state is read
+    // at a BTF offset.
     unsafe {
         if let Some(conn) = conn::get(sk) {
             if conn.flags & flag::RST_SENT != 0 {
+                return 0;
+            }
+            if !answered.is_null() && traffic::resets_an_old_connection(sock::state(sk)) {
                 return 0;
             }
             conn.flags |= flag::RST_SENT;

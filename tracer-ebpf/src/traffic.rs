@@ -273,12 +273,23 @@ unsafe fn end_arrives(sk: sock::Sock, conn: &mut Conn, segment: &Segment) {
     }
 }
 
+/// Whether a RST from a socket in this state, which answers a segment, is not its end: before the handshake is complete, it
+/// answers a segment of an old connection between the same addresses, and the new one goes on (RFC 9293, 3.10.7.3 and 3.10.7.4).
+#[inline(always)]
+pub(crate) fn resets_an_old_connection(state: i32) -> bool {
+    matches!(state, tcp::SYN_SENT | tcp::SYN_RECV)
+}
+
 /// `state` is that of the socket.
 ///
 /// # Safety
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
 unsafe fn end_leaves(skb: *mut __sk_buff, state: i32, conn: &mut Conn, segment: &Segment) {
+    // On newer kernels (6.18, not 6.1) such a RST bears the socket.
+    if segment.flags & RST != 0 && resets_an_old_connection(state) {
+        return;
+    }
     if segment.flags & FIN != 0 {
         if conn.flags & flag::FIN_SENT == 0 && state == tcp::FIN_WAIT1 && conn.first_end == first_end::REMOTE {
             // The peer's is here, but was not processed when ours was sent: neither acknowledges the other.

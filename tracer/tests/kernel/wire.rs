@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::peer::{ACK, FIN, PSH, Peer, RST, SYN, Segment, URG, Wire, accept, receive, set_option};
-use crate::rig::{Namespace, PATIENCE, Tracer, end_of, expect, free_port, get, not_hidden, ok, run};
+use crate::rig::{Namespace, PATIENCE, Tracer, end_of, expect, free_port, get, not_hidden, ok, run, wait_until};
 
 /// Numbers of bytes are small here.
 fn len(bytes: impl AsRef<[u8]>) -> i32 {
@@ -756,6 +756,9 @@ fn a_connection_that_both_ends_open() {
     let (mut client, mut peer) = wire.connecting();
     peer.send(Segment { flags: SYN, ..peer.at(-1) });
     peer.wait_for("a SYN-ACK", |segment| segment.has(SYN | ACK));
+    // Of an old connection: the RST that answers it is not the end of this one.
+    peer.send(Segment { ack: peer.ack.wrapping_add(1000), ..peer.at(0) });
+    peer.wait_for("a RST", |segment| segment.has(RST));
     peer.send(Segment { flags: SYN | ACK, ..peer.at(-1) });
     peer.acknowledge();
     client.set_nonblocking(false).expect("it can be set");
@@ -772,6 +775,28 @@ fn a_connection_that_both_ends_open() {
     expect(
         &record(&tracer, &peer),
         &json!({ "role": "client", "closed_by": "remote", "how": "fin", "final": "closed", "cause": "request_close" }),
+    );
+    tracer.stop();
+}
+
+#[test]
+fn a_reset_to_an_old_connection_is_not_the_end() {
+    let wire = Wire::new("old");
+    let tracer = Tracer::on_port(wire.port);
+    let (client, mut peer) = wire.connecting();
+    // Of a connection that the peer had before, on the same ports.
+    peer.send(Segment { ack: peer.ack.wrapping_sub(1000), ..peer.at(-100) });
+    peer.wait_for("the RST that answers it", |segment| segment.has(RST));
+    peer.wait_for("the SYN once more", |segment| segment.has(SYN));
+    peer.rst(0);
+    wait_until("the refusal", || client.take_error().expect("it can be asked").is_some());
+    drop(client);
+    expect(
+        &record(&tracer, &peer),
+        &json!({
+            "role": "client", "closed_by": "remote", "how": "rst", "final": "reset", "cause": "reset_by_peer",
+            "process": { "pid": std::process::id(), "source": "connect" },
+        }),
     );
     tracer.stop();
 }
