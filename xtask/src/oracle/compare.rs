@@ -30,24 +30,22 @@ pub(crate) struct Owners {
     pub(crate) logged: HashMap<Ends, Vec<u32>>,
     /// The processes of the server that listens on this port.
     pub(crate) servers: HashMap<u16, Vec<u32>>,
-    /// The client process that made a connection, by its own word.
-    pub(crate) exact: HashMap<Ends, u32>,
+    /// The client process that made a connection, by its own word; several, if the addresses were used again.
+    pub(crate) exact: HashMap<Ends, Vec<u32>>,
     /// The client processes that connect to this address.
     pub(crate) clients: HashMap<SocketAddr, Vec<u32>>,
 }
 
 impl Owners {
-    fn of(&self, connection: &Connection, end: End) -> Option<Vec<u32>> {
-        let known = |pid: Option<&u32>| pid.map(|pid| vec![*pid]);
-        match end {
-            End::Server => self
-                .logged
-                .get(&(connection.client, connection.server))
-                .or_else(|| self.servers.get(&connection.server.port()))
-                .cloned(),
-            End::Client => known(self.exact.get(&(connection.client, connection.server)))
-                .or_else(|| self.clients.get(&connection.server).cloned()),
-        }
+    fn of(&self, connection: &Connection, end: End) -> Option<&Vec<u32>> {
+        let ends = (connection.client, connection.server);
+        let (named, possible) = match end {
+            End::Server => (&self.logged, self.servers.get(&connection.server.port())),
+            End::Client => (&self.exact, self.clients.get(&connection.server)),
+        };
+        // Neither need speak of a connection without an answer: what is said may be of another one, on the same addresses.
+        let answered = !connection.sent_by(End::Server).stream.is_empty();
+        named.get(&ends).filter(|_| answered).or(possible)
     }
 }
 

@@ -244,7 +244,8 @@ impl Batch<'_> {
                 if let Some((ip, port)) = line.split_once(' ')
                     && let (Ok(ip), Ok(port)) = (ip.parse::<IpAddr>(), port.parse())
                 {
-                    owners.exact.insert((SocketAddr::new(ip.to_canonical(), port), *to), process.pid());
+                    let ends = (SocketAddr::new(ip.to_canonical(), port), *to);
+                    owners.exact.entry(ends).or_default().push(process.pid());
                 }
             }
         }
