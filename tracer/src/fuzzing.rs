@@ -25,7 +25,7 @@ use crate::sink::summary::{About, Missed, Moment, Summarizer};
 use crate::sink::{Json, Page, Text};
 use crate::snapshot::{self, pressure, sockets, walk};
 use crate::time_wait::{self, Answer, SockDiag};
-use crate::{broker, descendants, ledger, preflight, run};
+use crate::{broker, descendants, ledger, preflight, run, time_namespace};
 
 /// No line is longer, whatever is in a record: paths are bounded, and nobody looks them up here.
 const LINE: usize = 16 << 10;
@@ -312,6 +312,8 @@ pub fn proc(data: &[u8]) {
     }
     let text = String::from_utf8_lossy(data);
     let _ = (preflight::mounted(&text), Mounts::parse(&text), walk::mounted(&text).count());
+    let shifts = time_namespace::parse(&text);
+    let _ = (shifts.seen_ticks(u64::MAX), shifts.host_ticks(u64::MAX));
     let _ = (walk::inode(data, b"net:["), walk::inode(data, b"socket:["));
     let _ = (snapshot::counter(&text, "TCPTimeWaitOverflow"), run::sockets_in_time_wait(&text));
     // As the kernel's counters, before and after.

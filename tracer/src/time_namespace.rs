@@ -78,17 +78,17 @@ pub(crate) fn host_ticks(seen: u64) -> u64 {
 
 impl Shifts {
     /// A start before the namespace's clock begins wraps, as it does in the kernel (`do_task_stat`, `fs/proc/array.c`).
-    fn seen_ticks(self, start_ns: u64) -> u64 {
+    pub(crate) fn seen_ticks(self, start_ns: u64) -> u64 {
         start_ns.wrapping_add_signed(self.boottime_ns) / TICK_NS
     }
 
-    fn host_ticks(self, seen: u64) -> u64 {
+    pub(crate) fn host_ticks(self, seen: u64) -> u64 {
         seen.wrapping_mul(TICK_NS).wrapping_add_signed(self.boottime_ns.wrapping_neg()) / TICK_NS
     }
 }
 
 /// Lines such as `monotonic      -86400      500000000`: seconds, nanoseconds (which count up).
-fn parse(text: &str) -> Shifts {
+pub(crate) fn parse(text: &str) -> Shifts {
     let shift = |clock: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(clock))?;
         let mut numbers = line.split_whitespace().map(str::parse::<i64>);
