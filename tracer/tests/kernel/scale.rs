@@ -150,24 +150,24 @@ fn a_hundred_thousand_connections_open_at_once() {
 
     let (records, lost) = records.into_inner().expect("no panic");
     assert_eq!((records.len(), lost), (2 * OPEN, Some(0)));
-    let mut crossed = 0;
+    let mut otherwise = 0;
     for ((local, _), record) in &records {
         let is_server = ports.iter().any(|port| local.ends_with(&format!(":{port}")));
+        let [client, server] = [("local", "time_wait"), ("remote", "closed")];
+        let (wanted, reverse) = if is_server { (server, client) } else { (client, server) };
+        let got = (record.closed_by.as_str(), record.fate.as_str().unwrap_or_default());
+        let states = record.states.to_string();
         // One process closes both ends, one right after the other: where it is kept from it, and softirq comes late, FINs cross.
-        if record.closed_by == "both" && record.states.to_string().contains("CLOSING") {
-            crossed += 1;
+        // Or another test's tracer, which walks over open files at its start, holds the client's as it is closed.
+        if (got.0 == "both" && states.contains("CLOSING"))
+            || (got == reverse && states.contains("CLOSE_WAIT") != is_server)
+        {
+            otherwise += 1;
             continue;
         }
-        let got = (record.closed_by.as_str(), record.fate.as_str().unwrap_or_default());
-        assert_eq!(
-            got,
-            if is_server { ("remote", "closed") } else { ("local", "time_wait") },
-            "{local} - {}: {}",
-            record.remote,
-            record.states
-        );
+        assert_eq!(got, wanted, "{local} - {}: {states}", record.remote);
     }
-    assert!(crossed < records.len() / 1000, "{crossed} of {} FINs crossed", records.len());
+    assert!(otherwise < records.len() / 1000, "{otherwise} of {} not in the usual order", records.len());
 }
 
 /// As often as the same addresses are used.
