@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::rig::{Guard, Listener, Tracer, expect, get, ok, tracer};
+use crate::rig::{Guard, Listener, Tracer, copy_executable, expect, get, ok, tracer};
 
 /// One connection that closes.
 fn traffic(listener: &Listener) -> (u16, u16) {
@@ -56,7 +56,7 @@ fn without_privileges() {
     let directory = tempfile::tempdir().expect("a directory can be made");
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.path().join("tracer");
-    fs::copy(tracer().get_program(), &binary).expect("it can be copied");
+    copy_executable(tracer().get_program(), &binary);
     let said = refused(Command::new(binary).arg("run").uid(65534).gid(65534), 3);
     assert!(said.contains("root") || said.contains("CAP_"), "{said}");
 }

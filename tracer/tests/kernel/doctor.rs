@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::features::{STORAGE_WALK, degraded, leaves_storage_walk, verdict};
-use crate::rig::{Listener, PATIENCE, expect, get, ok, tracer};
+use crate::rig::{Listener, PATIENCE, copy_executable, expect, get, ok, tracer};
 use crate::unit::under_the_filters_without;
 
 /// The binary, where an unprivileged user can reach it.
@@ -17,7 +17,7 @@ fn reachable() -> (TempDir, String) {
     let directory = tempfile::tempdir().expect("a directory can be made");
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.path().join("tracer");
-    fs::copy(tracer().get_program(), &binary).expect("it can be copied");
+    copy_executable(tracer().get_program(), &binary);
     let path = binary.to_str().expect("a path of ASCII").to_owned();
     (directory, path)
 }

@@ -3,9 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::{ChildStdout, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -114,6 +116,45 @@ fn sigkill_at_any_moment_of_the_start() {
     }
     // It was before all was there, at least once.
     assert!(seen.iter().any(|(_, kinds)| !kinds.contains("link")), "{seen:?}");
+    assert_eq!(mounts(), before);
+}
+
+/// Whatever it does then: most moments are of the start, which takes longest, some of tracing, with all kinds of programs.
+#[test]
+fn sigkill_at_random_moments() {
+    const KILLS: usize = 24;
+    let before = mounts();
+    let listener = Listener::new();
+    let start = |options: &[&str]| {
+        let mut command = tracer_on(&listener);
+        Guard(command.args(options).stdout(Stdio::null()).spawn().expect("it starts"))
+    };
+    let began = Instant::now();
+    let mut process = start(&[]);
+    wait_until("it to trace", || started(process.id()));
+    // Of this machine, as busy as it is.
+    let start_takes = began.elapsed();
+    killed_it_leaves_nothing(&mut process);
+    let (pid, ends) = (std::process::id().to_string(), AtomicBool::new(false));
+    let options: [&[&str]; 4] = [&[], &["--states"], &["--pid", &pid], &["--no-sandbox", "--close-wait-after", "1ms"]];
+    std::thread::scope(|scope| {
+        let traffic = scope.spawn(|| {
+            while !ends.load(Ordering::Relaxed) {
+                traffic(&listener, 1);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        for n in 0..KILLS {
+            let random = RandomState::new().hash_one(n) as f64 / u64::MAX as f64;
+            let moment = start_takes.mul_f64(random * 1.5);
+            let mut process = start(options[n % options.len()]);
+            std::thread::sleep(moment);
+            eprintln!("{:?} after {moment:?}: {:?}", options[n % options.len()], kinds_of(process.id()));
+            killed_it_leaves_nothing(&mut process);
+        }
+        ends.store(true, Ordering::Relaxed);
+        traffic.join().expect("the connections are made");
+    });
     assert_eq!(mounts(), before);
 }
 
@@ -437,6 +478,51 @@ fn it_traces_where_no_hierarchy_is_mounted() {
     wait_until("programs, maps and links to go", || !held.iter().any(|of| exists(*of)));
 }
 
+/// `umount` in the mount namespace of a tracer that runs.
+fn unmount(tracer: &Tracer, at: &str) {
+    let target = tracer.pid().to_string();
+    run(Command::new("nsenter").args(["--target", &target, "--mount", "umount", "--lazy", at]));
+}
+
+#[test]
+fn proc_is_unmounted_while_it_traces() {
+    let listener = Listener::new();
+    let port = listener.port.to_string();
+    let tracer = Tracer::start_by(in_mounts_where("", &tracer()), &["--port", &port]);
+    unmount(&tracer, "/proc");
+    // Who owns what, and why it closed, the kernel programs know.
+    for (server, client) in traffic(&listener, 2) {
+        let wanted = json!({
+            "cause": "request_close", "final": "time_wait",
+            "process": { "pid": std::process::id(), "exe": null, "cgroup": null, "container": null },
+        });
+        expect(&tracer.wait_for_close(server, client), &wanted);
+    }
+    let run = tracer.stop();
+    assert_eq!(run.summary["ledger"]["balanced"], true, "{:#}", run.summary);
+}
+
+#[test]
+fn the_hierarchy_is_unmounted_while_it_traces() {
+    let listener = Listener::new();
+    let port = listener.port.to_string();
+    let tracer = Tracer::start_by(in_mounts_where("", &tracer()), &["--port", &port]);
+    for at in fs::read_to_string(format!("/proc/{}/mounts", tracer.pid())).expect("it runs").lines() {
+        if let [_, at, "cgroup2", ..] = at.split(' ').collect::<Vec<_>>()[..] {
+            unmount(&tracer, at);
+        }
+    }
+    // Its links hold what they are attached to.
+    let [(server, client)] = traffic(&listener, 1)[..] else { panic!("one") };
+    let exe = std::env::current_exe().expect("it runs");
+    let wanted = json!({
+        "cause": "request_close", "final": "time_wait", "final_source": "fin",
+        "http": { "target": "/path", "status": 200 }, "process": { "exe": exe.to_string_lossy() },
+    });
+    expect(&tracer.wait_for_close(server, client), &wanted);
+    tracer.stop();
+}
+
 #[test]
 fn two_at_once_see_the_same() {
     const CONNECTIONS: usize = 200;
@@ -572,6 +658,7 @@ fn short_lived_processes_by_the_thousand() {
     let port = listener.port;
     drop(listener);
     let tracer = Tracer::on_port(port);
+    let unconfined = Tracer::start(&["--no-sandbox", "--port", &port.to_string()]);
     let server = Script::start(
         port,
         "listener = listen(1024)\n\
@@ -616,6 +703,7 @@ fn short_lived_processes_by_the_thousand() {
     }
     let python = fs::read_link(format!("/proc/{}/exe", server.pid())).expect("it runs").display().to_string();
     let closes = tracer.wait_for_closes(not_hidden(2 * PROCESSES), |_| true);
+    unconfined.wait_for_closes(not_hidden(2 * PROCESSES), |_| true);
     clients.tell("end");
     clients.ends();
     let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));
@@ -635,5 +723,14 @@ fn short_lived_processes_by_the_thousand() {
     }
     assert!(stayed > staying.len() / 2, "of {} that stayed, {stayed} have a record", staying.len());
     eprintln!("{named} of {PROCESSES} executables are known, {grown} KiB more");
+    let more = unconfined
+        .stop()
+        .closes()
+        .iter()
+        .filter(|close| port_of(close, "remote") == Some(port) && !close["process"]["exe"].is_null())
+        .count();
+    eprintln!("{more} by one that is not confined");
+    // Each looks when it comes to it: some more or less.
+    assert!(named * 10 >= more * 8, "confined it names {named}, else {more}");
     tracer.stop();
 }

@@ -6,9 +6,13 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{ChildStdout, Command, Stdio};
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::rig::{Guard, Namespace, PATIENCE, anonymous_kib, free_port, resident_kib, run, tracer, wait_until};
+use crate::peer::{FIN, SYN, Segment, Wire, receive};
+use crate::rig::{
+    Guard, Namespace, PATIENCE, Tracer, anonymous_kib, expect, free_port, get, ok, resident_kib, run, tracer,
+    wait_until,
+};
 
 /// Connects from ever another address, and closes; waits when half of them are done.
 const CROWD: &str = "
@@ -145,6 +149,45 @@ fn a_crowd_of_peers_takes_bounded_memory() {
     assert_eq!(closes + summary["lost"].as_u64().expect("a number"), 2 * COUNT as u64, "{closes} closes");
     assert_eq!(wrong.len(), 0, "{:#?}", wrong.first());
     assert!(summary["groups"].as_array().expect("a list").len() <= 1_000);
+}
+
+/// Handshakes that nobody completes are no connections: nothing is remembered of them, and nothing told. Where the kernel answers
+/// with cookies, because there are too many, a connection among them is told as ever.
+#[test]
+fn a_flood_of_syns_takes_nothing() {
+    const COUNT: u16 = 20_000;
+    const FIRST: u16 = 40_000;
+    let wire = Wire::new("syns");
+    let (listener, port) = wire.listen();
+    let tracer = Tracer::on_port(port);
+    let before_kib = anonymous_kib(tracer.pid());
+    let mut flood = wire.client(port);
+    for n in 0..COUNT {
+        flood.port = FIRST + n;
+        flood.send(Segment { flags: SYN, ..flood.at(-1) });
+        wire.discard();
+    }
+    let (mut server, mut peer) = wire.accepted(&listener);
+    let (request, response) = (get("Connection: close\r\n"), ok(""));
+    peer.data(0, &request);
+    receive(&mut server, request.len());
+    server.write_all(response.as_bytes()).expect("it is open");
+    peer.receive(response.len());
+    drop(server);
+    peer.wait_for("a FIN", |segment| segment.has(FIN));
+    peer.fin(i32::try_from(request.len()).expect("small"));
+    expect(
+        &tracer.wait_for_close(port, peer.port),
+        &json!({ "role": "server", "closed_by": "local", "final": "time_wait", "cause": "request_close" }),
+    );
+    let after_kib = anonymous_kib(tracer.pid());
+    assert!(after_kib.saturating_sub(before_kib) < 1 << 10, "{before_kib} KiB, then {after_kib} KiB");
+    let nstat = ["netns", "exec", &wire.namespace.name, "nstat", "-asz", "TcpExtSyncookiesSent"];
+    let cookies = run(Command::new("ip").args(nstat));
+    let sent = cookies.lines().find_map(|line| line.strip_prefix("TcpExtSyncookiesSent")?.split_whitespace().next());
+    eprintln!("{COUNT} SYNs, {sent:?} cookies: {before_kib} KiB before, {after_kib} KiB after");
+    assert!(sent.is_some_and(|sent| sent.parse::<u32>().is_ok_and(|sent| sent > 1_000)), "{cookies}");
+    assert_eq!(tracer.stop().closes().len(), 1);
 }
 
 #[test]

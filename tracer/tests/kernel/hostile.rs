@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use crate::cli::is_harmless;
 use crate::names::Cgroup;
 use crate::privacy::Printing;
-use crate::rig::{Guard, Listener, Namespace, expect, is_socket, ok, run, wait_until};
+use crate::rig::{Guard, Listener, Namespace, copy_executable, expect, is_socket, ok, run, tracer, wait_until};
 
-/// An escape sequence, quotes, bidirectional controls, C1 and a line of its own.
-const ODD: &str = "\u{1b}[2J\"'\\\u{9b}31m\u{202e}\u{2066}\u{200b}{}";
+/// An escape sequence, quotes, bidirectional controls, C1 and an element.
+const ODD: &str = "\u{1b}[2J\"'\\\u{9b}31m\u{202e}\u{2066}\u{200b}{}<script src=x>&";
 
 #[test]
 fn names_do_nothing_to_a_terminal_nor_to_json() {
@@ -25,9 +25,11 @@ fn names_do_nothing_to_a_terminal_nor_to_json() {
     // A path may hold line ends, a cgroup's may not. Its first 15 bytes become the process's name.
     let comm = "\u{1b}[2J\"\nFO\u{202e}X'\\x";
     let exe = directory.path().join(format!("{comm}{ODD}"));
-    fs::copy(fs::canonicalize("/bin/bash").expect("bash"), &exe).expect("it can be copied");
+    copy_executable(fs::canonicalize("/bin/bash").expect("bash"), &exe);
     fs::set_permissions(&exe, fs::Permissions::from_mode(0o755)).expect("it is ours");
-    let outputs = [&[][..], &["--states"], &["--json"], &["--json", "--states"]]
+    let recording = directory.path().join("recording");
+    let record = ["--record", recording.to_str().expect("UTF-8")];
+    let outputs = [&[][..], &["--states"], &["--json"], &["--json", "--states"], &record]
         .map(|options| Printing::start(directory.path(), listener.port, options));
 
     let script = r#"
@@ -74,6 +76,12 @@ fn names_do_nothing_to_a_terminal_nor_to_json() {
         assert!(path.ends_with(cgroup.0.file_name().and_then(|name| name.to_str()).expect("UTF-8")), "{path:?}");
         expect(close, &json!({ "process": { "comm": comm, "exe": exe.to_string_lossy(), "cgroup": path } }));
     }
+    let page = directory.path().join("page.html");
+    run(tracer().args(["report", "--html"]).args([&page, &recording]));
+    let page = fs::read_to_string(page).expect("UTF-8");
+    assert!(is_harmless(&page), "{page:?}");
+    assert!(page.contains(r#"\x1b[2J"#) && page.contains(&port.to_string()), "the name is shown, escaped: {page}");
+    assert_eq!(page.matches("<script").count(), 1, "its own: {page}");
 }
 
 /// A mount point may have any bytes, and users may mount (FUSE).

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket, sockopt};
 use rustix::process::Signal;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::{Value, json};
 
 use crate::rig::{
@@ -365,4 +366,56 @@ fn in_the_text() {
     // Others may have closed something elsewhere meanwhile.
     assert!(line.starts_with("         saw 100.0 % of closes"), "{text}");
     assert!(line.contains(" seen = 6 written") && line.ends_with(" + 0 lost"), "{text}");
+}
+
+/// Where something was lost, people read on which CPU.
+#[test]
+fn losses_in_the_text() {
+    const EACH: u64 = 200;
+    let namespace = Namespace::new("cpu-words");
+    let (listener, mut process) = namespace.enter(|| {
+        let listener = Listener::new();
+        let port = listener.port.to_string();
+        let mut command = tracer();
+        command.args(["run", "--ring-size", "64K", "--port", &port]);
+        (listener, Guard(command.stdout(Stdio::piped()).spawn().expect("it starts")))
+    });
+    let mut stdout = BufReader::new(process.0.stdout.take().expect("piped"));
+    let mut text = String::new();
+    stdout.read_line(&mut text).expect("it prints");
+    // Nothing is read meanwhile, and 64 KiB are few records.
+    process.signal(Signal::STOP);
+    let usable = sched_getaffinity(None).expect("it has some");
+    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| usable.is_set(*cpu)).take(2).collect();
+    for cpu in &cpus {
+        namespace.enter(|| {
+            let mut only = CpuSet::new();
+            only.set(*cpu);
+            sched_setaffinity(None, &only).expect("it is one of ours");
+            (0..EACH).for_each(|_| abort(listener.connect().client));
+        });
+    }
+    process.signal(Signal::CONT);
+    process.signal(Signal::INT);
+    std::io::Read::read_to_string(&mut stdout, &mut text).expect("UTF-8");
+    assert_eq!(process.wait().code(), Some(0));
+
+    let number = |text: &str| text.replace(',', "").parse::<u64>().unwrap_or_else(|error| panic!("{error}: {text}"));
+    // `…: 800 seen = 600 written + 200 lost`
+    let counts = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let before = |word: &str| words.iter().position(|found| *found == word).map_or(0, |at| number(words[at - 1]));
+        [before("seen"), before("written") + before("recorded"), before("lost")]
+    };
+    let total = text.lines().find(|line| line.contains(" written + ")).unwrap_or_else(|| panic!("{text}"));
+    let rows: Vec<_> = text.lines().filter(|line| line.trim_start().starts_with("CPU ")).map(counts).collect();
+    let [seen, written, lost] = counts(total);
+    assert_eq!((seen, written + lost), (2 * EACH * cpus.len() as u64, seen), "{text}");
+    assert!(lost > 0, "{text}");
+    if cpus.len() > 1 {
+        // Each has its own row, and they are all.
+        assert!(rows.iter().filter(|[seen, ..]| *seen >= EACH).count() == 2, "{text}");
+        let sum = |of: usize| rows.iter().map(|row| row[of]).sum::<u64>();
+        assert_eq!([sum(0), sum(1), sum(2)], [seen, written, lost], "{text}");
+    }
 }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -165,8 +165,20 @@ impl Wire {
         assert_eq!(n, packet.len());
     }
 
+    /// Forgets all that the kernel has sent and nobody has asked for.
+    pub(crate) fn discard(&self) {
+        self.read().clear();
+    }
+
     /// The next segment that the kernel sent from and to these ports, if there is one.
     fn next(&self, ports: Ports) -> Option<Segment> {
+        let mut read = self.read();
+        let at = read.iter().position(|(found, _)| *found == ports)?;
+        read.remove(at).map(|(_, segment)| segment)
+    }
+
+    /// What was not asked for yet, with all that the device has.
+    fn read(&self) -> MutexGuard<'_, VecDeque<(Ports, Segment)>> {
         let mut read = self.read.lock().expect("no reader panics");
         let mut packet = [0; 65536];
         loop {
@@ -176,8 +188,7 @@ impl Wire {
                 Err(error) => panic!("{error}"),
             }
         }
-        let at = read.iter().position(|(found, _)| *found == ports)?;
-        read.remove(at).map(|(_, segment)| segment)
+        read
     }
 }
 

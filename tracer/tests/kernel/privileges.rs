@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::features::{MAPS_WITHOUT_CAPABILITY, degraded, lacks, maps_without_capability};
 use crate::names::Cgroup;
-use crate::rig::{Listener, Namespace, Pair, Tracer, expect, get, ok, tracer, wait_until};
+use crate::rig::{Listener, Namespace, Pair, Tracer, copy_executable, expect, get, ok, tracer, wait_until};
 use crate::script::Script;
 
 /// `/proc/<pid>/status` of each thread of a process: the fields that are of interest.
@@ -76,7 +76,7 @@ pub(crate) fn nobody_with(capabilities: &str, directory: &Path) -> Command {
 pub(crate) fn nobody_by(capabilities: &str, directory: &Path, by: &[String]) -> Command {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.join("tracer");
-    fs::copy(tracer().get_program(), &binary).expect("it can be copied");
+    copy_executable(tracer().get_program(), &binary);
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     for set in ["inh-caps", "ambient-caps", "bounding-set"] {

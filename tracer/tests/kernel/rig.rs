@@ -1,11 +1,13 @@
 //! What the tests stand on: a running tracer whose events can be waited for, pairs of sockets, and comparing records.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -74,6 +76,12 @@ pub(crate) fn run(command: &mut Command) -> String {
 pub(crate) fn comm_of(pid: u32) -> String {
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).expect("the process runs");
     comm.trim_end_matches('\n').to_owned()
+}
+
+/// Copies an executable. Not by this process: a child that another test starts would hold the new file open for writing, from its
+/// `fork` to its `exec`, and what is open for writing cannot be run.
+pub(crate) fn copy_executable(from: impl AsRef<OsStr>, to: &Path) {
+    run(Command::new("cp").arg("--").arg(from).arg(to));
 }
 
 /// Resident memory of a process, KiB.

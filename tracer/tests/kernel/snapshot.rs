@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::rig::{Guard, Namespace, comm_of, end_of, expect, run, tracer, wait_until};
+use crate::rig::{Guard, Namespace, comm_of, copy_executable, end_of, expect, run, tracer, wait_until};
 
 /// Local port, peer, and port of the peer; as a group has them.
 type Key = (Option<u16>, IpAddr, Option<u16>);
@@ -331,7 +331,7 @@ fn without_root_it_shows_its_own_namespace_and_says_what_is_missing() {
     let directory = tempfile::tempdir().expect("a directory can be made");
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
     let binary = directory.path().join("tracer");
-    fs::copy(tracer().get_program(), &binary).expect("it can be copied");
+    copy_executable(tracer().get_program(), &binary);
     let namespace = namespace("stranger", "30000 30999");
     let output = Command::new(binary).args(["snapshot", "--json"]).uid(65534).gid(65534).output().expect("it starts");
     let stderr = String::from_utf8_lossy(&output.stderr);
