@@ -21,22 +21,23 @@ pub(crate) fn deny() -> Result<()> {
         workspace::succeed(workspace::cargo().args(["install", "cargo-deny", "--version", CARGO_DENY, "--locked"]))?;
     }
     for manifest in MANIFESTS {
-        check(manifest, &["licenses", "bans", "sources"])?;
+        check(manifest, "--locked", &["licenses", "bans", "sources"])?;
     }
     // The list of weaknesses is a git repository; where it cannot be had, that is said, and no reason to fail.
     if let Err(error) = workspace::output(workspace::cargo().args(["deny", "fetch", "db"])) {
         eprintln!("xtask: the advisories could not be fetched, and were NOT checked: {error:#}");
         return Ok(());
     }
-    MANIFESTS.into_iter().try_for_each(|manifest| check(manifest, &["--disable-fetch", "advisories"]))
+    // `--frozen`: with what has just been fetched.
+    MANIFESTS.into_iter().try_for_each(|manifest| check(manifest, "--frozen", &["advisories"]))
 }
 
 /// Of one workspace, as it is locked. What `deny.toml` makes an exception for need not occur in each of them; in the first, what
 /// does not occur any more is told, but for what only the fuzz targets have.
-fn check(manifest: &str, what: &[&str]) -> Result<()> {
+fn check(manifest: &str, network: &str, what: &[&str]) -> Result<()> {
     eprintln!("xtask: dependencies of {manifest}");
     let mut cargo = workspace::cargo();
-    cargo.args(["deny", "--manifest-path", manifest, "--config", "deny.toml", "--locked", "--all-features", "check"]);
+    cargo.args(["deny", "--manifest-path", manifest, "--config", "deny.toml", network, "--all-features", "check"]);
     let surplus: &[&str] = match manifest {
         "Cargo.toml" => &["license-exception-not-encountered"],
         _ => &["license-exception-not-encountered", "license-not-encountered", "unmatched-skip-root"],
