@@ -62,7 +62,7 @@ const SKIPPED: [(&str, &str); 2] = [
     ),
 ];
 
-/// How often a kernel may try to boot: now and then one crashes when it patches its own code, which an emulated processor runs.
+/// How often a kernel may boot: now and then one crashes, or hangs, when it patches its own code, which an emulated processor runs.
 const BOOTS: usize = 3;
 
 /// The largest program: half of what a kernel accepts, so that the next verifier may count more.
@@ -122,28 +122,37 @@ pub(crate) fn vm(version: &str, quick: bool, filters: &[String]) -> Result<()> {
             bail!("`QUICK` in xtask/src/vm/mod.rs has tests that do not exist");
         }
         let alone: Vec<_> = machine.iter().map(String::as_str).filter(|name| asked(name)).collect();
-        let line = |names: &[&str]| (kernel.lacks.is_none() && !names.is_empty()).then(|| names.join(" "));
-        let payload = Payload {
-            tracer: tracer.clone(),
-            tests: tests.clone(),
-            go: go.clone(),
-            tests_asked: line(&wanted),
-            machine_tests_asked: line(&alone),
-        };
         let limit = Duration::from_secs(if quick { 900 } else { 7200 });
-        let boot = |n| guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit, n);
-        let mut report = boot(1)?;
+        // Another boot runs the tests that have no result yet.
+        let boot = |n, known: &Report| {
+            let line = |names: &[&str]| {
+                let names: Vec<_> = names.iter().copied().filter(|name| !known.has(name)).collect();
+                (kernel.lacks.is_none() && !names.is_empty()).then(|| names.join(" "))
+            };
+            let payload = Payload {
+                tracer: tracer.clone(),
+                tests: tests.clone(),
+                go: go.clone(),
+                tests_asked: line(&wanted),
+                machine_tests_asked: line(&alone),
+            };
+            guest::run(&place, &unpacked, kernel.cpu, &root, &payload, limit, n)
+        };
+        let mut report = boot(1, &Report::default())?;
         for n in 2..=BOOTS {
-            if report.release.is_some() {
-                break;
-            }
+            let what = match &report {
+                Report { release: None, .. } => "did not boot",
+                Report { stuck: true, .. } => "hung in the emulator",
+                _ => break,
+            };
             println!(
-                "xtask: kernel {} did not boot (see console.{} in {}); once more",
+                "xtask: kernel {} {what} (see console.{} in {}); once more",
                 kernel.version,
                 n - 1,
                 place.display()
             );
-            report = boot(n)?;
+            let next = boot(n, &report)?;
+            report = if report.release.is_some() { report.joined_by(next) } else { next };
         }
         for (name, reason) in &skipped {
             println!("skipped: {name}: {reason}");
@@ -245,9 +254,9 @@ fn judge(kernel: &Kernel, report: &Report, wanted: usize) -> Result<()> {
         bail!("{} tests failed: {}", report.failed.len(), report.failed.join(", "));
     }
     match report.tests {
-        Some(0) if report.passed == wanted => Ok(()),
-        Some(code) => bail!("{} of {wanted} tests passed, exit code {code}", report.passed),
-        None => bail!("the tests did not end: {} of {wanted} passed", report.passed),
+        Some(0) if report.passed.len() == wanted => Ok(()),
+        Some(code) => bail!("{} of {wanted} tests passed, exit code {code}", report.passed.len()),
+        None => bail!("the tests did not end: {} of {wanted} passed", report.passed.len()),
     }
 }
 
@@ -284,7 +293,7 @@ fn print(rows: &[Row]) {
         println!(
             "{version:8} {:32} {:>6} {:>6} {skipped:>7}  {verified}{}",
             report.release.as_deref().unwrap_or("-"),
-            report.passed,
+            report.passed.len(),
             report.failed.len(),
             if *fine { "" } else { "  FAILED" },
         );
