@@ -80,7 +80,7 @@ pub mod flag {
     pub const FIN_SENT: u32 = 1 << 2;
     /// `tcp_receive_reset`: an acceptable RST arrived.
     pub const RST_RECEIVED: u32 = 1 << 3;
-    /// `tcp_send_reset`: this end sent a RST.
+    /// `tcp_send_reset`: this end sent a RST, and not in a handshake to a segment of an old connection.
     pub const RST_SENT: u32 = 1 << 4;
     /// The local close was made by a process that is exiting, or on behalf of one that has exited.
     pub const CLOSED_BY_EXIT: u32 = 1 << 5;

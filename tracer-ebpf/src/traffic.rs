@@ -194,6 +194,11 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
         if sk.is_null() {
             return;
         }
+        // On some kernels a RST that answers a segment bears the socket. Where it is the end all the same, because a process or a
+        // timer makes it so, `tcp_send_reset` tells.
+        if direction == EGRESS && segment.flags & RST != 0 && lives_on_after_a_reset((*sk).state as i32) {
+            return;
+        }
         if direction == INGRESS {
             if (*sk).state == tcp::LISTEN as u32 {
                 listener(skb, &segment);
@@ -273,11 +278,12 @@ unsafe fn end_arrives(sk: sock::Sock, conn: &mut Conn, segment: &Segment) {
     }
 }
 
-/// Whether a RST from a socket in this state, which answers a segment, is not its end: before the handshake is complete, it
-/// answers a segment of an old connection between the same addresses, and the new one goes on (RFC 9293, 3.10.7.3 and 3.10.7.4).
+/// Whether a RST that answers a segment is not the end of a socket in this state. A listener refuses others; and before the
+/// handshake is complete, a segment of an old connection between the same addresses is answered so, and the new one goes on
+/// (RFC 9293, 3.10.7.2 to 3.10.7.4).
 #[inline(always)]
-pub(crate) fn resets_an_old_connection(state: i32) -> bool {
-    matches!(state, tcp::SYN_SENT | tcp::SYN_RECV)
+pub(crate) fn lives_on_after_a_reset(state: i32) -> bool {
+    matches!(state, tcp::LISTEN | tcp::SYN_SENT | tcp::SYN_RECV)
 }
 
 /// `state` is that of the socket.
@@ -286,10 +292,6 @@ pub(crate) fn resets_an_old_connection(state: i32) -> bool {
 /// `skb` is the context of a `cgroup_skb` program.
 #[inline(always)]
 unsafe fn end_leaves(skb: *mut __sk_buff, state: i32, conn: &mut Conn, segment: &Segment) {
-    // On newer kernels (6.18, not 6.1) such a RST bears the socket.
-    if segment.flags & RST != 0 && resets_an_old_connection(state) {
-        return;
-    }
     if segment.flags & FIN != 0 {
         if conn.flags & flag::FIN_SENT == 0 && state == tcp::FIN_WAIT1 && conn.first_end == first_end::REMOTE {
             // The peer's is here, but was not processed when ours was sent: neither acknowledges the other.

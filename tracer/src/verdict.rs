@@ -256,7 +256,7 @@ fn reset_by_peer(socket: &Socket, ending: &Ending) -> bool {
     ending.how == Some(How::Rst) && reset_arrived(socket)
 }
 
-/// A RST that was sent counts only if it ended the socket: in a handshake one can be sent by a socket that lives on.
+/// A RST that was sent counts only if it ended the socket.
 fn reset_by_local(socket: &Socket, ending: &Ending) -> bool {
     ending.how == Some(How::Rst) && !reset_arrived(socket)
 }
