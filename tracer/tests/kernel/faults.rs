@@ -119,10 +119,20 @@ fn sigkill_at_any_moment_of_the_start() {
     assert_eq!(mounts(), before);
 }
 
+/// Says so when it goes out of scope.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Whatever it does then: most moments are of the start, which takes longest, some of tracing, with all kinds of programs.
 #[test]
 fn sigkill_at_random_moments() {
-    const KILLS: usize = 24;
+    // A guest is slow, and has the same moments.
+    let kills = if std::env::var_os("TRACER_TEST_GUEST").is_some() { 8 } else { 24 };
     let before = mounts();
     let listener = Listener::new();
     let start = |options: &[&str]| {
@@ -138,22 +148,23 @@ fn sigkill_at_random_moments() {
     let (pid, ends) = (std::process::id().to_string(), AtomicBool::new(false));
     let options: [&[&str]; 4] = [&[], &["--states"], &["--pid", &pid], &["--no-sandbox", "--close-wait-after", "1ms"]];
     std::thread::scope(|scope| {
-        let traffic = scope.spawn(|| {
+        // However this ends: the traffic is waited for.
+        let _ends = Ends(&ends);
+        scope.spawn(|| {
             while !ends.load(Ordering::Relaxed) {
                 traffic(&listener, 1);
                 std::thread::sleep(Duration::from_millis(2));
             }
         });
-        for n in 0..KILLS {
+        for n in 0..kills {
             let random = RandomState::new().hash_one(n) as f64 / u64::MAX as f64;
             let moment = start_takes.mul_f64(random * 1.5);
             let mut process = start(options[n % options.len()]);
             std::thread::sleep(moment);
             eprintln!("{:?} after {moment:?}: {:?}", options[n % options.len()], kinds_of(process.id()));
+            assert!(process.0.try_wait().expect("it is our child").is_none(), "it has ended by itself");
             killed_it_leaves_nothing(&mut process);
         }
-        ends.store(true, Ordering::Relaxed);
-        traffic.join().expect("the connections are made");
     });
     assert_eq!(mounts(), before);
 }
@@ -507,10 +518,18 @@ fn the_hierarchy_is_unmounted_while_it_traces() {
     let listener = Listener::new();
     let port = listener.port.to_string();
     let tracer = Tracer::start_by(in_mounts_where("", &tracer()), &["--port", &port]);
-    for at in fs::read_to_string(format!("/proc/{}/mounts", tracer.pid())).expect("it runs").lines() {
-        if let [_, at, "cgroup2", ..] = at.split(' ').collect::<Vec<_>>()[..] {
-            unmount(&tracer, at);
-        }
+    let hierarchies = || -> Vec<String> {
+        let mounts = fs::read_to_string(format!("/proc/{}/mounts", tracer.pid())).expect("it runs");
+        let points = mounts.lines().filter_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+            [_, at, "cgroup2", ..] => Some(at.to_owned()),
+            _ => None,
+        });
+        points.collect()
+    };
+    assert!(!hierarchies().is_empty(), "it is mounted");
+    // The last first: it may lie in another one.
+    while let Some(at) = hierarchies().last() {
+        unmount(&tracer, at);
     }
     // Its links hold what they are attached to.
     let [(server, client)] = traffic(&listener, 1)[..] else { panic!("one") };
@@ -658,7 +677,6 @@ fn short_lived_processes_by_the_thousand() {
     let port = listener.port;
     drop(listener);
     let tracer = Tracer::on_port(port);
-    let unconfined = Tracer::start(&["--no-sandbox", "--port", &port.to_string()]);
     let server = Script::start(
         port,
         "listener = listen(1024)\n\
@@ -703,7 +721,6 @@ fn short_lived_processes_by_the_thousand() {
     }
     let python = fs::read_link(format!("/proc/{}/exe", server.pid())).expect("it runs").display().to_string();
     let closes = tracer.wait_for_closes(not_hidden(2 * PROCESSES), |_| true);
-    unconfined.wait_for_closes(not_hidden(2 * PROCESSES), |_| true);
     clients.tell("end");
     clients.ends();
     let grown = resident_kib(tracer.pid()).saturating_sub(warm.expect("there were as many"));
@@ -723,14 +740,5 @@ fn short_lived_processes_by_the_thousand() {
     }
     assert!(stayed > staying.len() / 2, "of {} that stayed, {stayed} have a record", staying.len());
     eprintln!("{named} of {PROCESSES} executables are known, {grown} KiB more");
-    let more = unconfined
-        .stop()
-        .closes()
-        .iter()
-        .filter(|close| port_of(close, "remote") == Some(port) && !close["process"]["exe"].is_null())
-        .count();
-    eprintln!("{more} by one that is not confined");
-    // Each looks when it comes to it: some more or less.
-    assert!(named * 10 >= more * 8, "confined it names {named}, else {more}");
     tracer.stop();
 }

@@ -18,7 +18,7 @@ use crate::rig::{Guard, Listener, Namespace, copy_executable, expect, is_socket,
 const ODD: &str = "\u{1b}[2J\"'\\\u{9b}31m\u{202e}\u{2066}\u{200b}{}<script src=x>&";
 
 #[test]
-fn names_do_nothing_to_a_terminal_nor_to_json() {
+fn names_do_nothing_to_a_terminal_to_json_nor_to_a_page() {
     let listener = Listener::new();
     let directory = tempfile::tempdir().expect("a directory");
     let cgroup = Cgroup::new(&format!("{ODD}{}", std::process::id()));

@@ -17,7 +17,7 @@ use rustix::process::{Pid, test_kill_process};
 use tracer::sandbox::{self, Part};
 
 use crate::features::lacks;
-use crate::rig::{Guard, Listener, wait_until};
+use crate::rig::{Guard, Listener, comm_of, wait_until};
 
 /// Whether Landlock's interface is older than this one.
 fn lacks_interface(wanted: u32) -> bool {
@@ -59,8 +59,8 @@ struct Outsider(Guard);
 impl Outsider {
     fn start() -> Self {
         let outsider = Self(Guard(Command::new("sleep").arg("600").spawn().expect("it starts")));
-        // Not before its `exec` is done.
-        wait_until("a process to begin", || code_begins(&outsider.stat()) > 1);
+        // Not before its `exec` is done: until it has its new name its code is ours, and then, for a moment, nowhere.
+        wait_until("a process to begin", || comm_of(outsider.0.id()) == "sleep" && code_begins(&outsider.stat()) > 1);
         outsider
     }
 

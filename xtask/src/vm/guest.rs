@@ -46,6 +46,7 @@ pub(crate) struct Report {
     pub(crate) skipped: Vec<String>,
     /// It hung in the emulator, see [`is_stuck`]: the tests without a result say nothing of tracer.
     pub(crate) stuck: bool,
+    pub(crate) boots: usize,
 }
 
 /// Boots a kernel and runs the payload on it; what the tests print is passed on. `boot`: which one it is of this kernel,
@@ -86,8 +87,8 @@ pub(crate) fn run(
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let guest = Guest(qemu.spawn().context("cannot run qemu")?);
-    let report = listen(guest, limit, || Ok(is_stuck(&fs::read_to_string(&console)?)))
-        .with_context(|| format!("the guest's console is in {}", console.display()));
+    let report =
+        listen(guest, limit, &console).with_context(|| format!("the guest's console is in {}", console.display()));
     fs::remove_file(disk)?;
     report
 }
@@ -108,7 +109,8 @@ fn console(directory: &Path, boot: usize) -> Result<PathBuf> {
 
 /// Whether a kernel hangs because it patches its own code, and qemu goes on with what that was: the trap (`int3`) that guards the
 /// place meanwhile. Each processor that comes there is caught, for good; tracer's hooks, each of which is patched in and out, are
-/// such places. It is told by the kernel's own complaints, of which one may be but a host that is busy.
+/// such places. It is told by what the kernel
+/// complains of while no test has a result; one complaint may be but a host that is busy.
 fn is_stuck(console: &str) -> bool {
     console.matches("BUG: soft lockup").count() > 2 && console.contains("int3")
 }
@@ -124,8 +126,8 @@ impl Drop for Guest {
     }
 }
 
-fn listen(mut guest: Guest, limit: Duration, is_stuck: impl Fn() -> Result<bool>) -> Result<Report> {
-    /// With nothing said for so long it is looked at.
+fn listen(mut guest: Guest, limit: Duration, console: &Path) -> Result<Report> {
+    /// With nothing said for so long it is looked at: at what its kernel has complained of since.
     const SILENCE: Duration = Duration::from_secs(60);
     let stdout = BufReader::new(guest.0.stdout.take().context("it is piped")?);
     let (said, lines) = channel();
@@ -137,18 +139,22 @@ fn listen(mut guest: Guest, limit: Duration, is_stuck: impl Fn() -> Result<bool>
         }
     });
     let deadline = Instant::now() + limit;
-    let mut report = Report::default();
+    let mut report = Report { boots: 1, ..Report::default() };
+    let mut complained = 0;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         match lines.recv_timeout(left.min(SILENCE)) {
             Ok(line) if line == "@end" => return Ok(report),
-            Ok(line) => report.read(&line),
+            Ok(line) => {
+                report.read(&line);
+                complained = fs::metadata(console)?.len() as usize;
+            }
             Err(RecvTimeoutError::Disconnected) => return Ok(report),
             Err(RecvTimeoutError::Timeout) if left <= SILENCE => {
                 eprintln!("xtask: the guest did not end within {limit:?}");
                 return Ok(report);
             }
-            Err(RecvTimeoutError::Timeout) if is_stuck()? => {
+            Err(RecvTimeoutError::Timeout) if is_stuck(&String::from_utf8_lossy(&fs::read(console)?[complained..])) => {
                 report.stuck = true;
                 return Ok(report);
             }
@@ -163,14 +169,24 @@ impl Report {
         self.passed.iter().chain(&self.failed).any(|known| known == test)
     }
 
-    /// With what another boot said of the same kernel: other tests.
+    /// With what another boot said of the same kernel: of tests that had no result, or of all where the demo had none.
     pub(crate) fn joined_by(mut self, other: Self) -> Self {
-        self.tests = self.tests.filter(|code| *code != 0).or(other.tests);
+        self.loads = if other.loads.len() > self.loads.len() { other.loads } else { self.loads };
+        self.tests = self.tests.filter(|code| *code != 0).or(other.tests).or(self.tests);
+        other.verified.into_iter().for_each(|(name, count)| self.verified(name, count));
         self.passed.extend(other.passed);
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
         self.messages.extend(other.messages);
-        Self { stuck: other.stuck, ..self }
+        // One that did not boot says no more than one that hung.
+        Self { stuck: other.stuck || other.release.is_none(), boots: self.boots + other.boots, ..self }
+    }
+
+    fn verified(&mut self, name: String, count: u32) {
+        match self.verified.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, known)) => *known = count.max(*known),
+            None => self.verified.push((name, count)),
+        }
     }
 
     fn read(&mut self, line: &str) {
@@ -182,12 +198,7 @@ impl Report {
             // Of those that run alone, too: the first that is not 0.
             ["@tests", code] => self.tests = self.tests.filter(|code| *code != 0).or(Some(number(code))),
             ["tracer:", "program", name, count, "verified", "instructions"] => {
-                let name = name.trim_end_matches(':');
-                let count = count.parse().unwrap_or(0);
-                match self.verified.iter_mut().find(|(known, _)| known == name) {
-                    Some((_, known)) => *known = count.max(*known),
-                    None => self.verified.push((name.to_owned(), count)),
-                }
+                self.verified(name.trim_end_matches(':').to_owned(), count.parse().unwrap_or(0));
             }
             ["skipped:", ..] => {
                 self.skipped.push(line.to_owned());
@@ -364,6 +375,18 @@ mod tests {
         }
         let all = report.joined_by(other);
         assert_eq!((all.loads.len(), all.tests, all.passed.len(), all.failed.len()), (1, Some(101), 2, 1));
+
+        // It hung in the demo, then behind the last test.
+        let mut first = Report { stuck: true, ..Report::default() };
+        first.read("@kernel 6.1.0");
+        let mut second = Report { stuck: true, ..Report::default() };
+        for line in
+            ["@kernel 6.1.0", "@load 0 3", "@load 0 3", "tracer: program ingress: 7 verified instructions", "@tests 0"]
+        {
+            second.read(line);
+        }
+        let all = first.joined_by(second).joined_by(Report::default());
+        assert_eq!((all.loads.len(), all.tests, all.verified.len(), all.stuck), (2, Some(0), 1, true));
     }
 
     #[test]
