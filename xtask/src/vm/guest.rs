@@ -107,12 +107,12 @@ fn console(directory: &Path, boot: usize) -> Result<PathBuf> {
     Ok(directory.join(format!("{CONSOLE}.{boot}")))
 }
 
-/// Whether a kernel hangs because it patches its own code, and qemu goes on with what that was: the trap (`int3`) that guards the
-/// place meanwhile. Each processor that comes there is caught, for good; tracer's hooks, each of which is patched in and out, are
-/// such places. It is told by what the kernel
-/// complains of while no test has a result; one complaint may be but a host that is busy.
+/// Whether a kernel hangs, or has crashed, because it patches its own code, and qemu goes on with what that was: the trap (`int3`)
+/// that guards the place meanwhile. A processor that comes there is caught for good, or finds that nobody knows of that trap. It is
+/// told by what the kernel complains of; one complaint of a hang may be but a host that is busy.
 fn is_stuck(console: &str) -> bool {
-    console.matches("BUG: soft lockup").count() > 2 && console.contains("int3")
+    (console.matches("BUG: soft lockup").count() > 2 && console.contains("int3"))
+        || (console.contains("Oops: int3") || console.contains("\nint3: 0000")) && console.contains("Kernel panic")
 }
 
 /// A running qemu, ended when it goes out of scope.
@@ -142,6 +142,8 @@ fn listen(mut guest: Guest, limit: Duration, console: &Path) -> Result<Report> {
     let mut report = Report { boots: 1, ..Report::default() };
     let mut complained = 0;
     loop {
+        let complaints =
+            || -> Result<String> { Ok(String::from_utf8_lossy(&fs::read(console)?[complained..]).into_owned()) };
         let left = deadline.saturating_duration_since(Instant::now());
         match lines.recv_timeout(left.min(SILENCE)) {
             Ok(line) if line == "@end" => return Ok(report),
@@ -149,12 +151,15 @@ fn listen(mut guest: Guest, limit: Duration, console: &Path) -> Result<Report> {
                 report.read(&line);
                 complained = fs::metadata(console)?.len() as usize;
             }
-            Err(RecvTimeoutError::Disconnected) => return Ok(report),
+            Err(RecvTimeoutError::Disconnected) => {
+                report.stuck = is_stuck(&complaints()?);
+                return Ok(report);
+            }
             Err(RecvTimeoutError::Timeout) if left <= SILENCE => {
                 eprintln!("xtask: the guest did not end within {limit:?}");
                 return Ok(report);
             }
-            Err(RecvTimeoutError::Timeout) if is_stuck(&String::from_utf8_lossy(&fs::read(console)?[complained..])) => {
+            Err(RecvTimeoutError::Timeout) if is_stuck(&complaints()?) => {
                 report.stuck = true;
                 return Ok(report);
             }
@@ -390,10 +395,17 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_in_the_emulator_is_told_from_what_is_slow() {
+    fn what_the_emulator_does_is_told_from_what_a_kernel_does() {
         let lockup = "[  1.0] watchdog: BUG: soft lockup - CPU#0 stuck for 44s! [tracer:428]\n";
         let trap = "[  1.0] RIP: 0010:asm_exc_int3+0x0/0x40\n";
         assert!(is_stuck(&[lockup, lockup, trap, lockup].concat()));
+        assert!(is_stuck(
+            "[  1.0] Oops: int3: 0000 [#1] PREEMPT\n[  1.1] Kernel panic - not syncing: Fatal exception in interrupt\n"
+        ));
+        // Crashed of something else.
+        assert!(!is_stuck(
+            "[  1.0] BUG: kernel NULL pointer dereference\n[  1.1] Kernel panic - not syncing: Fatal exception\n"
+        ));
         // Busy, or hung in something else.
         assert!(!is_stuck(&[lockup, trap].concat()));
         assert!(!is_stuck(&[lockup; 9].concat()));
