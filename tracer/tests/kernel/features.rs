@@ -49,7 +49,7 @@ pub(crate) const STORAGE_WALK: &str = "iter/bpf_sk_storage_map";
 pub(crate) const MAPS_WITHOUT_CAPABILITY: &str = "maps without CAP_BPF";
 
 /// `uname -r`, and its first two numbers.
-pub(crate) static RELEASE: LazyLock<(String, (u32, u32))> = LazyLock::new(|| {
+static RELEASE: LazyLock<(String, (u32, u32))> = LazyLock::new(|| {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let numbers = version(&release);
     (release, numbers)

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use serde_json::{Value, json};
 
-use crate::features::RELEASE;
 use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, is_of_now, ok, resident_kib};
 use crate::script::{self, Script};
 
@@ -90,10 +89,6 @@ fn the_machine_sleeps() {
     // An emulated processor does not always find back: they are left out, for good.
     for n in 1.. {
         let Ok(()) = fs::write(format!("/sys/devices/system/cpu/cpu{n}/online"), "0") else { break };
-    }
-    if RELEASE.1 >= (7, 0) {
-        // These do not come back from the last step on an emulated machine: all is done but that, and for five seconds.
-        fs::write("/sys/power/pm_test", "core").expect("it can be suspended for a test");
     }
     // To memory: an emulated alarm clock wakes from no other sleep.
     fs::write("/sys/power/mem_sleep", "deep").expect("it can be suspended to memory");
