@@ -6,11 +6,13 @@
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::sync::mpsc as std_mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use log::warn;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinHandle};
 
 use crate::preflight::{self, Refusal};
 use crate::reporter::Reporter;
@@ -25,6 +27,8 @@ const SPARE_MAX: usize = 1 << 20;
 const PIPE: libc::c_int = 1 << 20;
 /// How long the writer may take to print the rest after the end.
 const GRACE: Duration = Duration::from_secs(2);
+/// The same, where stdout takes more: then it is the writer that is kept waiting, for a processor or a disk.
+const BUSY: Duration = Duration::from_secs(20);
 
 /// The thread that writes.
 pub(super) struct Writer {
@@ -99,8 +103,7 @@ impl Writer {
             drop(queue);
             thread.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")))
         });
-        let (recorded, printed) =
-            tokio::join!(tokio::time::timeout(GRACE, recorded), tokio::time::timeout(GRACE, printed));
+        let (recorded, printed) = tokio::join!(tokio::time::timeout(GRACE, recorded), while_it_is_read(printed));
         let grace = GRACE.as_secs();
         let recorded = match recorded {
             Ok(done) => done?,
@@ -109,7 +112,7 @@ impl Writer {
                 false
             }
         };
-        let Ok(printed) = printed else {
+        let Some(printed) = printed else {
             warn!("stdout was not read for {grace} s: the rest is dropped");
             let code = match (recorded, strict) {
                 (false, _) => preflight::exit::INCOMPLETE,
@@ -129,4 +132,23 @@ impl Writer {
         }
         if recorded { Ok(()) } else { Err(Refusal::recording_incomplete().into()) }
     }
+}
+
+/// Waits for what prints the last lines; `None`: nobody reads them.
+async fn while_it_is_read<T>(mut printed: JoinHandle<T>) -> Option<Result<T, JoinError>> {
+    let began = Instant::now();
+    loop {
+        match tokio::time::timeout(GRACE, &mut printed).await {
+            Ok(done) => return Some(done),
+            Err(_) if began.elapsed() < BUSY && takes_more() => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+/// Whether stdout could be written to now.
+fn takes_more() -> bool {
+    let stdout = io::stdout();
+    let mut polled = [PollFd::new(&stdout, PollFlags::OUT)];
+    poll(&mut polled, Some(&Timespec::default())).is_ok() && polled[0].revents().contains(PollFlags::OUT)
 }
