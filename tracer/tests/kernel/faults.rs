@@ -19,8 +19,8 @@ use crate::leftovers::{exists, held_by, mounts};
 use crate::names::stopped;
 use crate::privileges::{broker_of, names_everything, nobody_with, unit_capabilities};
 use crate::rig::{
-    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, is_of_now, is_socket, not_hidden, ok, port_of,
-    resident_kib, run, tracer, wait_until,
+    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, in_a_guest, is_of_now, is_socket, not_hidden, ok,
+    port_of, resident_kib, run, tracer, wait_until,
 };
 use crate::script::Script;
 use crate::summary::launcher_of;
@@ -36,8 +36,8 @@ fn traffic(listener: &Listener, count: usize) -> Vec<(u16, u16)> {
     (0..count).map(one).collect()
 }
 
-/// So many connections that their lines do not fit into the pipe at stdout (1 MiB; a line has 900 bytes, and there are two).
-/// More than a pipe takes, a megabyte, even of a small ring buffer: what comes all at once is lost before it is a line.
+/// So many connections that their lines do not fit into the pipe at stdout (1 MiB; a line has 900 bytes, and there are two). Not
+/// all at once: what a small ring buffer has no room for is lost before it is a line.
 fn more_than_a_pipe(listener: &Listener) {
     for _ in 0..15 {
         traffic(listener, 200);
@@ -132,7 +132,7 @@ impl Drop for Ends<'_> {
 #[test]
 fn sigkill_at_random_moments() {
     // A guest is slow, and has the same moments.
-    let kills = if std::env::var_os("TRACER_TEST_GUEST").is_some() { 8 } else { 24 };
+    let kills = if in_a_guest() { 8 } else { 24 };
     let before = mounts();
     let listener = Listener::new();
     let start = |options: &[&str]| {

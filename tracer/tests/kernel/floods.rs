@@ -8,11 +8,12 @@ use std::process::{ChildStdout, Command, Stdio};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::peer::{FIN, SYN, Segment, Wire, receive};
+use crate::peer::{SYN, Segment, Wire, receive};
 use crate::rig::{
     Guard, Namespace, PATIENCE, Tracer, anonymous_kib, expect, free_port, get, ok, resident_kib, run, tracer,
     wait_until,
 };
+use crate::wire::answer_and_close;
 
 /// Connects from ever another address, and closes; waits when half of them are done.
 const CROWD: &str = "
@@ -168,14 +169,10 @@ fn a_flood_of_syns_takes_nothing() {
         wire.discard();
     }
     let (mut server, mut peer) = wire.accepted(&listener);
-    let (request, response) = (get("Connection: close\r\n"), ok(""));
+    let request = get("Connection: close\r\n");
     peer.data(0, &request);
     receive(&mut server, request.len());
-    server.write_all(response.as_bytes()).expect("it is open");
-    peer.receive(response.len());
-    drop(server);
-    peer.wait_for("a FIN", |segment| segment.has(FIN));
-    peer.fin(i32::try_from(request.len()).expect("small"));
+    answer_and_close(server, &mut peer, i32::try_from(request.len()).expect("small"), &ok(""));
     expect(
         &tracer.wait_for_close(port, peer.port),
         &json!({ "role": "server", "closed_by": "local", "final": "time_wait", "cause": "request_close" }),

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, is_of_now, ok, resident_kib};
+use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, in_a_guest, is_of_now, ok, resident_kib};
 use crate::script::{self, Script};
 
 /// Fails on a machine that is somebody's: `--ignored` is easily said.
 fn only_in_a_guest() {
-    assert!(std::env::var_os("TRACER_TEST_GUEST").is_some(), "this changes the whole machine: run `cargo xtask vm`");
+    assert!(in_a_guest(), "this changes the whole machine: run `cargo xtask vm`");
 }
 
 fn seconds(clock: ClockId) -> f64 {

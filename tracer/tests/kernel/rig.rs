@@ -25,6 +25,11 @@ pub(crate) static PATIENCE: LazyLock<Duration> = LazyLock::new(|| {
     Duration::from_secs(seconds)
 });
 
+/// Whether this machine was made for the tests: `cargo xtask vm`.
+pub(crate) fn in_a_guest() -> bool {
+    std::env::var_os("TRACER_TEST_GUEST").is_some()
+}
+
 /// The real binary.
 pub(crate) fn tracer() -> Command {
     assert!(rustix::process::geteuid().is_root(), "the kernel tests need root: run `cargo xtask test`");

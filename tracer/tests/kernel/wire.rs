@@ -16,7 +16,7 @@ fn len(bytes: impl AsRef<[u8]>) -> i32 {
 }
 
 /// The kernel's end answers and closes first, then the peer, which has sent `sent` bytes.
-fn answer_and_close(mut server: TcpStream, peer: &mut Peer<'_>, sent: i32, response: &str) {
+pub(crate) fn answer_and_close(mut server: TcpStream, peer: &mut Peer<'_>, sent: i32, response: &str) {
     server.write_all(response.as_bytes()).expect("the connection is open");
     peer.receive(response.len());
     peer.acknowledge_at(sent);

@@ -44,8 +44,9 @@ pub(crate) struct Report {
     /// What tests passed over, and for want of what. They count as passed, too: the tests fail by themselves where the kernel
     /// is new enough.
     pub(crate) skipped: Vec<String>,
-    /// It hung in the emulator, see [`is_stuck`]: the tests without a result say nothing of tracer.
+    /// It hung or crashed in the emulator, see [`is_stuck`]: the tests without a result say nothing of tracer.
     pub(crate) stuck: bool,
+    /// How many boots this is of.
     pub(crate) boots: usize,
 }
 
@@ -112,7 +113,7 @@ fn console(directory: &Path, boot: usize) -> Result<PathBuf> {
 /// told by what the kernel complains of; one complaint of a hang may be but a host that is busy.
 fn is_stuck(console: &str) -> bool {
     (console.matches("BUG: soft lockup").count() > 2 && console.contains("int3"))
-        || (console.contains("Oops: int3") || console.contains("\nint3: 0000")) && console.contains("Kernel panic")
+        || (console.contains("Oops: int3") && console.contains("Kernel panic"))
 }
 
 /// A running qemu, ended when it goes out of scope.
@@ -176,6 +177,7 @@ impl Report {
 
     /// With what another boot said of the same kernel: of tests that had no result, or of all where the demo had none.
     pub(crate) fn joined_by(mut self, other: Self) -> Self {
+        self.release = self.release.or(other.release.clone());
         self.loads = if other.loads.len() > self.loads.len() { other.loads } else { self.loads };
         self.tests = self.tests.filter(|code| *code != 0).or(other.tests).or(self.tests);
         other.verified.into_iter().for_each(|(name, count)| self.verified(name, count));
