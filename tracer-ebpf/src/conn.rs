@@ -387,7 +387,8 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     if kind == kind::CLOSE {
         // SAFETY: by the caller's word.
         if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
-            head::settle(&mut conn.http, rcv_nxt, snd_una);
+            let closed = conn.flags & (flag::SHUT_DOWN | flag::FIN_RECEIVED) == flag::SHUT_DOWN;
+            head::settle(&mut conn.http, rcv_nxt, snd_una, closed);
         }
     }
     let Some(mut entry) = RING.reserve(0) else {

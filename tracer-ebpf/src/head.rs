@@ -490,9 +490,23 @@ fn pass_aside(http: &mut Http) {
 }
 
 /// To be called before the verdict is read, with the sequence numbers behind what was received, and behind what was sent
-/// and acknowledged. What was put aside, and is still not known, is lost; so is what passed by unseen.
+/// and acknowledged. What was put aside, and is still not known, is lost; so is what passed by unseen. What was looked at and
+/// not received, because TCP refused it, is taken back; unless this end was `closed` by then: TCP refuses all that comes then,
+/// but it came.
 #[inline(always)]
-pub fn settle(http: &mut Http, received: u32, acknowledged: u32) {
+pub fn settle(http: &mut Http, received: u32, acknowledged: u32, closed: bool) {
+    let synced = stream(http, INGRESS).marks & mark::SYNCED != 0;
+    if synced && !closed && http.looked.wrapping_sub(received) as i32 > 0 {
+        take_back(http);
+        if stream(http, INGRESS).kind == kind::REQUESTS {
+            // Which exchange was the last one before is not known any more, and so neither is its response. None waits for one.
+            lose(http, EGRESS);
+            let e = &mut http.exchange;
+            if e.requests > e.responses {
+                e.requests = e.responses;
+            }
+        }
+    }
     let mut in_lost = stream(http, INGRESS).missed != 0;
     let mut out_lost = stream(http, EGRESS).missed != 0;
     if http.stopped == 0 {
@@ -540,9 +554,14 @@ pub fn again(http: &mut Http, seq: u32, len: u32, next: u32) {
     let end = seq.wrapping_add(len);
     let looked = http.looked;
     let repeated = if (looked.wrapping_sub(end) as i32) < 0 { looked } else { end };
-    if (repeated.wrapping_sub(next) as i32) <= 0 {
-        return;
+    if (repeated.wrapping_sub(next) as i32) > 0 {
+        take_back(http);
     }
+}
+
+/// Takes back what was read last from what is received: TCP has not taken it.
+#[inline(never)]
+fn take_back(http: &mut Http) {
     // Its kind, too, was read from what need not be there.
     if http.stopped != 0 || http.exchange.protocol > protocol::HTTP1 {
         http.stopped = 0;

@@ -63,7 +63,7 @@ impl Connection {
         let mut http = self.http;
         // Nothing passes by unseen here.
         let [received, acknowledged] = self.http.streams.map(|stream| stream.next);
-        settle(&mut http, received, acknowledged);
+        settle(&mut http, received, acknowledged, false);
         http.exchange
     }
 
@@ -862,7 +862,7 @@ fn what_passes_by_unseen_is_lost() {
     let unseen = |c: &Connection, received: u32, acknowledged: u32| {
         let mut http = c.http;
         let [a, b] = c.next;
-        settle(&mut http, a.wrapping_add(received), b.wrapping_add(acknowledged));
+        settle(&mut http, a.wrapping_add(received), b.wrapping_add(acknowledged), false);
         http.exchange.flags & (bit::REQUESTS_LOST | bit::RESPONSES_LOST)
     };
     let mut c = Connection::new(SERVER);
@@ -873,7 +873,6 @@ fn what_passes_by_unseen_is_lost() {
         assert_eq!(unseen(&c, 1, 1), 0);
         assert_eq!(unseen(&c, 0, 9), bit::RESPONSES_LOST);
         assert_eq!(unseen(&c, 2, 0), bit::REQUESTS_LOST);
-        assert_eq!(unseen(&c, 0u32.wrapping_sub(5), 0), 0);
         c.send::<IN>(bytes);
     }
     // What can be anything is not followed.
@@ -929,6 +928,29 @@ fn what_tcp_has_not_received_is_not_believed() {
     again(&mut c.http, first, 4, first);
     c.send::<OUT>("b HTTP/1.1\r\n\r\n");
     assert_eq!((c.x().request_version != 0, c.has(bit::REQUESTS_LOST)), (false, true));
+}
+
+#[test]
+fn what_tcp_refused_is_taken_back() {
+    // How much of a second request TCP has not taken at the end; whether this end had closed by then.
+    for (missing, closed, lost) in [(0, false, false), (1, false, true), (19, false, true), (19, true, false)] {
+        let mut c = response(OK);
+        c.send::<IN>("GET /x HTTP/1.1\r\n\r\n");
+        let [next, acknowledged] = c.http.streams.map(|stream| stream.next);
+        settle(&mut c.http, next.wrapping_sub(missing), acknowledged, closed);
+        let x = c.http.exchange;
+        let found = (x.flags & bit::REQUESTS_LOST != 0, target(&x).is_empty(), x.requests);
+        assert_eq!(found, (lost, lost, if lost { 1 } else { 2 }), "{missing} {closed}");
+    }
+    // What was not looked at is not missing: the rest of a body, or of what is not HTTP.
+    for head in ["POST / HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", "\u{1}\u{2}\u{3}\u{4}"] {
+        let mut c = request(head);
+        let behind = c.next[IN];
+        let before = c.http.exchange;
+        c.send::<IN>(vec![b'x'; 100]);
+        settle(&mut c.http, behind, 0, false);
+        assert_eq!(bytes_of(&c.http.exchange), bytes_of(&before), "{head:?}");
+    }
 }
 
 #[test]

@@ -23,6 +23,7 @@ const PASS: i32 = 1;
 const FIN: u8 = 1 << 0;
 const SYN: u8 = 1 << 1;
 const RST: u8 = 1 << 2;
+const ACK: u8 = 1 << 4;
 
 const IPPROTO_TCP: u8 = 6;
 
@@ -213,6 +214,9 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
                     return;
                 }
                 segment.flags = RST;
+            } else if segment.flags & (ACK | RST) == 0 {
+                // Nor does it take any of what acknowledges nothing.
+                return;
             }
         }
         if !conn::port_passes(segment.source_port, segment.dest_port) {

@@ -209,7 +209,7 @@ fn any_order(options: Options, events: &[Event]) {
             is_sane(&http.exchange, bytes, bytes);
         }
         let mut end = http;
-        head::settle(&mut end, next[INGRESS], next[EGRESS]);
+        head::settle(&mut end, next[INGRESS], next[EGRESS], false);
         is_sane(&end.exchange, bytes, bytes);
     }
 }
@@ -336,7 +336,7 @@ fn first_unseen(seen: &[bool]) -> u32 {
 /// [`head::settle`], with what was received of a direction and all of the other one.
 fn settle(http: &mut Http, direction: usize, end: u32, of_the_other: u32) {
     let (received, acknowledged) = if direction == INGRESS { (end, of_the_other) } else { (of_the_other, end) };
-    head::settle(http, received, acknowledged);
+    head::settle(http, received, acknowledged, false);
 }
 
 /// The heads that came whole.

@@ -429,6 +429,60 @@ fn a_damaged_segment_is_not_believed() {
     tracer.stop();
 }
 
+/// Segments that TCP refuses, and that do not come again: what they hold was not read by anybody.
+#[test]
+fn what_tcp_refuses_is_not_believed() {
+    let wire = Wire::new("refused");
+    let (listener, port) = wire.listen();
+    let tracer = Tracer::on_port(port);
+    let request = get("Connection: keep-alive\r\n");
+    let (response, all) = (ok(""), len(&request));
+    let invented = "GET /invented HTTP/1.1\r\nConnection: close\r\n\r\n";
+    let first = json!({
+        "requests": 1, "responses": 1, "request_connection": "keep-alive", "response_connection": "absent", "target": "/path",
+    });
+    let none = json!({
+        "requests": 1, "responses": 1, "request_connection": "unobserved", "response_connection": "unobserved", "target": null,
+    });
+    let second = json!({ "requests": 2, "responses": 1, "request_connection": "close", "target": "/invented" });
+    for (how, cause, http) in [
+        ("it acknowledges nothing", "idle_timeout", &first),
+        ("it acknowledges nothing, and ends", "idle_timeout", &first),
+        ("it acknowledges what was not sent", "unknown", &none),
+        ("TCP takes it", "unanswered", &second),
+    ] {
+        let (mut server, mut peer) = wire.accepted(&listener);
+        peer.data(0, &request);
+        receive(&mut server, request.len());
+        server.write_all(response.as_bytes()).expect("the connection is open");
+        peer.receive(response.len());
+        peer.acknowledge_at(all);
+        let good = Segment { payload: invented.as_bytes().to_vec(), flags: ACK | PSH, ..peer.at(all) };
+        match how {
+            "it acknowledges nothing" => peer.send(Segment { flags: PSH, ..good }),
+            "it acknowledges nothing, and ends" => peer.send(Segment { flags: FIN, payload: Vec::new(), ..good }),
+            "it acknowledges what was not sent" => peer.send(Segment { ack: good.ack.wrapping_add(100_000), ..good }),
+            _ => peer.send(good),
+        }
+        // What TCP takes is unread data otherwise, for which it would send a RST.
+        let sent = if cause == "unanswered" {
+            receive(&mut server, invented.len());
+            all + len(invented)
+        } else {
+            all
+        };
+        std::thread::sleep(std::time::Duration::from_millis(1_200));
+        drop(server);
+        peer.wait_for("a FIN", |segment| segment.has(FIN));
+        peer.fin(sent);
+        let close = record(&tracer, &peer);
+        eprintln!("{how}");
+        expect(&close, &json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": cause }));
+        expect(&close, &json!({ "http": http }));
+    }
+    tracer.stop();
+}
+
 #[test]
 fn what_comes_before_the_handshake_is_not_its_beginning() {
     let wire = Wire::new("early");
