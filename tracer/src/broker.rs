@@ -250,6 +250,7 @@ pub fn serve(confined: bool) -> Result<()> {
     let own = time_wait::own_namespace()?;
     // Asked again with each process that is looked up.
     time_namespace::shifts();
+    privileges::seal()?;
     if confined {
         sandbox::confine(Part::Broker)?;
     }

@@ -401,6 +401,8 @@ impl Kernel {
         let looks_until = Array::try_from(take(&mut ebpf, "LOOKS_UNTIL")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
         let ledger = PerCpuArray::try_from(take(&mut ebpf, "LEDGER")?)?;
+        // Holds heads as they came. It is the programs' alone: who reads records must not be able to look there.
+        drop(take(&mut ebpf, "STRETCHES")?);
         let kernel = Self { ebpf: Some(ebpf), counters, ledger, close_wait, hooks: attached, degraded, blind };
         Ok(Attached { kernel, ring, looks_until, log })
     }

@@ -6,6 +6,7 @@
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 /// What the broker needs, and for what.
 const BROKER: [Capability; 2] = [
@@ -65,4 +66,12 @@ fn keep(kept: &CapsHashSet) -> Result<()> {
     };
     drop().context("cannot give up capabilities")?;
     rustix::thread::set_no_new_privs(true).context("cannot set no_new_privs")
+}
+
+/// Keeps others of the same user from taking this process over (`ptrace`, `/proc/<pid>/mem`), and its memory from a core file.
+///
+/// # Errors
+/// The kernel refused.
+pub fn seal() -> Result<()> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot keep other processes out of this one")
 }

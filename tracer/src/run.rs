@@ -144,6 +144,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let time_wait_max = time_wait_max();
     writer::widen_stdout();
     return_memory();
+    privileges::seal()?;
     // Last before the first thread, and before the first record is read: from here on no file can be opened.
     if options.sandbox {
         sandbox::confine(Part::Reader { ends_children: options.ends_children })?;

@@ -1,19 +1,21 @@
-//! What must not leave the kernel does not: every byte of the ring buffer, every line of every output, recordings and what is
-//! reported of them, and all that a command of `--exec` is given, are searched for words that lay in cookies, credentials, query
-//! strings and bodies.
+//! What must not leave the kernel does not: every byte of the ring buffer, and of the maps that tracer can look into, every line of
+//! every output, recordings and what is reported of them, and all that a command of `--exec` is given, are searched for words
+//! that lay in cookies, credentials, query strings and bodies.
 //!
 //! That the search can fail is shown by a scanner that is broken on purpose: see SECURITY.md, and `docs/privacy-mutation.patch`.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::Value;
 use tracer::kernel::{Ask, Attached, Kernel};
 use tracer::preflight::{self, Host};
 
-use crate::rig::{Guard, Listener, Pair, abort, tracer, wait_until};
+use crate::leftovers::held_by;
+use crate::rig::{Guard, Listener, Pair, abort, run, tracer, wait_until};
 
 /// Lies where nothing may leave the kernel, repeated: so each part of five bytes or more is one of four.
 const SECRET: &str = "Wk3~";
@@ -60,6 +62,36 @@ fn memory(ring: &impl std::os::fd::AsFd) -> Vec<u8> {
     // SAFETY: it is ours, and nothing refers to it any more.
     unsafe { rustix::mm::munmap(address, length) }.expect("it is mapped");
     copy
+}
+
+/// All that is in the maps which a process holds, but for those that nobody can look into: the ring buffer (see [`memory`]), and
+/// the storage of sockets, which is to be asked for by a socket.
+fn maps(pid: u32) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (_, id) in held_by(pid).into_iter().filter(|(kind, _)| *kind == "map") {
+        let bpftool = |does: &str| run(Command::new("bpftool").args(["--json", "map", does, "id", &id.to_string()]));
+        let map: Value = serde_json::from_str(&bpftool("show")).expect("JSON");
+        if map["type"] != "ringbuf" && map["type"] != "sk_storage" {
+            bytes_in(&serde_json::from_str(&bpftool("dump")).expect("JSON"), &mut all);
+        }
+    }
+    all
+}
+
+/// The bytes that bpftool shows as lists of hexadecimal numbers.
+fn bytes_in(dump: &Value, all: &mut Vec<u8>) {
+    match dump {
+        Value::Array(items) => items.iter().for_each(|item| bytes_in(item, all)),
+        // By their types they are there once more.
+        Value::Object(members) => {
+            members.iter().filter(|(name, _)| *name != "formatted").for_each(|(_, member)| bytes_in(member, all));
+        }
+        Value::String(byte) => {
+            let digits = byte.strip_prefix("0x").unwrap_or_else(|| panic!("{byte} is no byte"));
+            all.push(u8::from_str_radix(digits, 16).expect("a byte"));
+        }
+        _ => {}
+    }
 }
 
 enum Step {
@@ -254,6 +286,10 @@ impl Printing {
         printing
     }
 
+    fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn printed(&self) -> Vec<u8> {
         fs::read(&self.stdout).expect("it is ours")
     }
@@ -366,6 +402,15 @@ fn no_secret_leaves_the_kernel() {
     for (of, shown) in [("stdin", format!(":{}", listener.port)), ("process", "/proc/$$/cmdline".to_owned())] {
         let given = fs::read(path(of)).expect("it is there");
         search.through(&format!("what --exec gets, {of}"), &given, &shown, &[SECRET, QUERY, USER]);
+    }
+    for (output, words) in outputs
+        .iter()
+        .map(|output| (output, &[SECRET, QUERY, USER][..]))
+        .chain(full.iter().map(|output| (output, &[SECRET][..])))
+    {
+        let held = maps(output.pid());
+        assert!(!held.is_empty());
+        search.through(&format!("the maps of {}", output.stdout.display()), &held, "", words);
     }
     for output in outputs {
         let name = output.stdout.display().to_string();

@@ -1,8 +1,7 @@
 //! What tracer may still do while it traces, and that its answers are no worse for it.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -23,7 +22,7 @@ fn threads(pid: u32) -> Vec<(String, Value)> {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
         };
-        let sets: BTreeSet<String> = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(field).into();
+        let sets = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(field);
         (field("Name:"), json!({ "sets": sets, "nnp": field("NoNewPrivs:"), "seccomp": field("Seccomp:") }))
     };
     tasks.map(status).collect()
@@ -53,11 +52,15 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         assert!(of_tracer.len() > 1, "{of_tracer:#?}");
         for (name, status) in of_tracer {
             let keeps = lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability());
-            let sets = if keeps { status["sets"].clone() } else { json!([NONE]) };
+            let sets = if keeps { status["sets"].clone() } else { json!(vec![NONE; 5]) };
             assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
         }
         for (name, status) in threads(broker_of(&tracer)) {
-            assert_eq!(status, json!({ "sets": [NONE, TWO], "nnp": "1", "seccomp": seccomp }), "{name}");
+            assert_eq!(
+                status,
+                json!({ "sets": [NONE, TWO, TWO, NONE, NONE], "nnp": "1", "seccomp": seccomp }),
+                "{name}"
+            );
         }
         let run = tracer.stop();
         // Nobody needs to be warned of what was asked for; who reads the events knows.
@@ -65,6 +68,28 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         let said = degraded.iter().any(|missing| missing.to_string().contains("--no-sandbox"));
         assert_eq!(said, option.is_some(), "{degraded:?}");
     }
+}
+
+/// As the unit runs it. What a program could gain that it starts stays the unit's: there is none, by `no_new_privs`.
+#[test]
+fn under_the_unit_it_gives_up_as_much() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let tracer = Tracer::start_by(nobody_with(&unit_capabilities(), directory.path()), &["--port", "1"]);
+    let five = |status: &Value| status["sets"][3].clone();
+    for (name, status) in threads(tracer.pid()) {
+        let keeps = lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability());
+        let sets = if keeps { status["sets"].clone() } else { json!([NONE, NONE, NONE, five(&status), NONE]) };
+        assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
+    }
+    for pid in [tracer.pid(), broker_of(&tracer)] {
+        // Not its user's: others of that user can neither trace nor read it.
+        assert_eq!(fs::metadata(format!("/proc/{pid}/fd")).expect("it runs").uid(), 0);
+    }
+    for (name, status) in threads(broker_of(&tracer)) {
+        let sets = json!([NONE, TWO, TWO, five(&status), NONE]);
+        assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
+    }
+    tracer.stop();
 }
 
 /// Nobody, with these capabilities and no others: `setpriv` and a copy of the binary that nobody can reach.
