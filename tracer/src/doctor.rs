@@ -7,7 +7,6 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write as _};
-use std::path::Path;
 
 use anstyle::{AnsiColor, Style};
 use anyhow::{Context as _, Result};
@@ -16,7 +15,7 @@ use serde::Serialize;
 
 use crate::kernel::{self, Ask, Without};
 use crate::offsets::VMLINUX;
-use crate::preflight::{self, Refusal, exit};
+use crate::preflight::{self, JIT, Refusal, exit};
 use crate::sandbox;
 use crate::sink::escape::fit;
 use crate::sink::json;
@@ -199,10 +198,10 @@ pub fn examine_with(hooks: &[kernel::Hook], strict: bool) -> Report {
         "how far clocks are from the host's is known",
     );
     findings.checked("proc", &check(preflight::processes()), "/proc shows all processes");
-    if Path::new(JIT).exists() && fs::read(JIT).is_ok() {
-        findings.checked("jit", &check(preflight::jit()), "the kernel compiles BPF programs");
-    } else {
-        findings.push(Finding::unknown("jit", format!("{JIT} is not to be read here")));
+    match preflight::jit() {
+        Err(refusal) => findings.missing("jit", &refusal),
+        Ok(()) if fs::read(JIT).is_ok() => findings.push(Finding::ok("jit", "the kernel compiles BPF programs")),
+        Ok(()) => findings.push(Finding::unknown("jit", format!("{JIT} is not to be read here"))),
     }
     findings.push(lockdown());
     // What is missing costs no answer: tracer is less confined then.
@@ -253,9 +252,6 @@ pub fn examine_with(hooks: &[kernel::Hook], strict: bool) -> Report {
         findings: findings.list,
     }
 }
-
-/// Only in the first network namespace, and for root.
-const JIT: &str = "/proc/sys/net/core/bpf_jit_enable";
 
 impl Findings {
     fn hook(&mut self, hook: &kernel::Hook, tried: Result<()>) {

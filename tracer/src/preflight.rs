@@ -129,7 +129,7 @@ pub fn check() -> Result<Host, Refusal> {
     degraded.extend(pid_namespace().err());
     degraded.extend(time_namespace().err());
     degraded.extend(processes().err());
-    degraded.extend(jit().err());
+    jit()?;
     Ok(Host { cgroup, layout, degraded })
 }
 
@@ -185,17 +185,23 @@ pub(crate) fn processes() -> Result<(), String> {
     Ok(())
 }
 
-/// Whether the kernel compiles BPF programs. Not known in a network namespace other than the first, which has no such setting.
+/// Says whether the kernel compiles BPF programs: 0 if it does not. Only in the first network namespace, and for root.
+pub(crate) const JIT: &str = "/proc/sys/net/core/bpf_jit_enable";
+const COMPILE: &str = "sysctl -w net.core.bpf_jit_enable=1";
+
+/// Whether the kernel compiles BPF programs, as far as [`JIT`] can be read: what calls `bpf_loop` it does not interpret
+/// (<https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/verifier.c#L20245>).
 ///
 /// # Errors
-/// What it costs that it does not.
-pub(crate) fn jit() -> Result<(), String> {
-    match fs::read_to_string("/proc/sys/net/core/bpf_jit_enable") {
-        Ok(setting) if setting.trim() == "0" => Err(
-            "the kernel does not compile BPF programs but interprets them: tracing slows the host down several times \
-                 as much; sysctl -w net.core.bpf_jit_enable=1"
-                .to_owned(),
-        ),
+/// It does not.
+pub(crate) fn jit() -> Result<(), Refusal> {
+    match fs::read_to_string(JIT) {
+        Ok(setting) if setting.trim() == "0" => {
+            let release = kernel_release();
+            let message =
+                format!("kernel {release} does not compile BPF programs, and interprets none with bpf_loop; {COMPILE}");
+            Err(Refusal { code: exit::KERNEL, message })
+        }
         _ => Ok(()),
     }
 }
@@ -322,7 +328,10 @@ pub fn explain(error: anyhow::Error) -> Refusal {
             message: format!("kernel {release} refused: {error:#}\n{policy}; {remedy}"),
         };
     }
-    Refusal { code: exit::KERNEL, message: format!("kernel {release} refused: {error:#}") }
+    // In the verifier's report, where `JIT` could not be read before.
+    let interprets = error.chain().any(|cause| cause.to_string().contains("not allowed in non-JITed programs"));
+    let remedy = if interprets { format!("\nit does not compile BPF programs; {COMPILE}") } else { String::new() };
+    Refusal { code: exit::KERNEL, message: format!("kernel {release} refused: {error:#}{remedy}") }
 }
 
 /// Whether it was refused for security policy, and not by the verifier, whose answer is the same error with a report.

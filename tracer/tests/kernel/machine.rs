@@ -4,12 +4,16 @@
 //! other: `cargo xtask vm`.
 
 use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, PATIENCE, Pair, Tracer, expect, free_port, get, in_a_guest, is_of_now, ok, resident_kib};
+use crate::privileges::{nobody_with, unit_capabilities};
+use crate::rig::{
+    Listener, PATIENCE, Pair, Tracer, expect, free_port, get, in_a_guest, is_of_now, ok, resident_kib, tracer,
+};
 use crate::script::{self, Script};
 
 /// Fails on a machine that is somebody's: `--ignored` is easily said.
@@ -74,6 +78,34 @@ fn the_clock_is_set() {
     // The start line comes a moment after the beginning.
     assert!(took + Duration::from_secs(5) > lasts && took < lasts + *PATIENCE, "{took:?} of {lasts:?}");
     assert!((told - took.as_secs_f64()).abs() < 30.0, "{told} s and {took:?}");
+}
+
+/// It is refused, whether the setting can be read or not.
+#[test]
+#[ignore = "changes how the whole machine runs BPF programs"]
+fn without_the_compiler_of_programs() {
+    only_in_a_guest();
+    const SETTING: &str = "/proc/sys/net/core/bpf_jit_enable";
+    const REMEDY: &str = "; sysctl -w net.core.bpf_jit_enable=1";
+    let directory = tempfile::tempdir().expect("a directory");
+    let answers = |command: &mut Command| {
+        let output = command.output().expect("it starts");
+        (output.status.code(), String::from_utf8(output.stderr).expect("UTF-8"))
+    };
+    let as_root = || answers(tracer().args(["run", "--duration", "10ms"]));
+    // Who is not root may not read it.
+    let as_nobody = || answers(nobody_with(&unit_capabilities(), directory.path()).args(["run", "--duration", "10ms"]));
+    fs::write(SETTING, "0").expect("Debian's kernels can do without");
+    let without = [as_root(), as_nobody()];
+    let doctor = answers(tracer().args(["doctor"])).0;
+    fs::write(SETTING, "1").expect("they can do with it");
+    for (code, said) in without {
+        assert!(code == Some(4) && said.contains(REMEDY), "{code:?}: {said}");
+    }
+    assert_eq!(doctor, Some(4));
+    for (code, said) in [as_root(), as_nobody()] {
+        assert_eq!(code, Some(0), "{said}");
+    }
 }
 
 #[test]
