@@ -452,7 +452,41 @@ fn gone(held: &Held, now: Instant) -> (Final, FinalSource) {
 
 #[cfg(test)]
 mod tests {
+    use bytemuck::Zeroable as _;
+    use tracer_ebpf::{Record, first_end, flag, kind, pack_state};
+
     use super::*;
+    use crate::decode::decode;
+
+    /// The end of a socket that is half-closed: its peer has sent no FIN.
+    fn half_closed(cookie: u64) -> Fact {
+        let mut record = Record::zeroed();
+        (record.kind, record.family, record.cookie) = (kind::CLOSE, 4, cookie);
+        (record.old_state, record.new_state, record.first_end) = (5, 7, first_end::LOCAL);
+        record.flags = flag::FIN_SENT | flag::ALL_ACKNOWLEDGED | flag::SHUT_DOWN;
+        (record.established_ns, record.end_ns, record.at_ns) = (1, 2, 3);
+        record.states[..4].copy_from_slice(&[pack_state(1, 1), pack_state(4, 2), pack_state(5, 2), pack_state(7, 3)]);
+        decode(bytemuck::bytes_of(&record)).expect("a record")
+    }
+
+    #[test]
+    fn of_too_many_uncertain_ends_the_oldest_is_reported_as_it_stands() {
+        const MORE: usize = 3;
+        let answer = Answer::FinWait2(Duration::from_secs(60));
+        let sock_diag = SockDiag::scripted(std::iter::repeat_n(answer, HELD + MORE));
+        let mut connections = Connections::new(Processes::new(), sock_diag, false);
+        let (now, mut out) = (Instant::now(), Vec::new());
+        for cookie in 0..HELD + MORE {
+            connections.fact(half_closed(cookie as u64 + 1), now, &mut out);
+            assert_eq!(out.len(), (cookie + 1).saturating_sub(HELD));
+        }
+        assert_eq!(connections.ends(), ((HELD + MORE) as u64, HELD as u64));
+        for (event, cookie) in out.iter().zip(1..) {
+            let Event::Close(close) = event else { panic!("{event:?}") };
+            let told = (close.cookie, close.fate, close.fate_source);
+            assert_eq!(told, (cookie, Some(Final::FinWait2), Some(FinalSource::Inferred)));
+        }
+    }
 
     #[test]
     fn dates_are_exact_to_the_nanosecond() {

@@ -74,7 +74,8 @@ impl Launcher {
         };
         if let Err(error) = link.write_all(&size.to_ne_bytes()).and_then(|()| link.write_all(summary)) {
             warn!(
-                "--exec: the process that runs the command is gone ({error}), and is asked no more; start tracer again"
+                "--exec: the process that runs the command is gone, or too slow ({error}), and is asked no more; start \
+                 tracer again"
             );
             self.link = None;
             // Collected now or when tracer ends.

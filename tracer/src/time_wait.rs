@@ -167,7 +167,10 @@ impl SockDiag {
             if let Err(error) = &socket {
                 log::debug!("network namespace {}: {error}", question.netns);
             }
-            self.sockets.insert(question.netns, socket.ok());
+            // That its own could not be had, which is never let go, was for the moment.
+            if socket.is_ok() || question.netns != self.own {
+                self.sockets.insert(question.netns, socket.ok());
+            }
         }
         let Some(Some(socket)) = self.sockets.get(&question.netns) else { return Answer::Unknown };
         let mut ask = |cookie| {

@@ -544,14 +544,11 @@ fn the_books_of_a_summary() {
     let with =
         |percent: f64, seen: u64, slack: u64| Reconciled { percent: Some(percent), seen, slack, ..reconciled.clone() };
     let sum = "12,034 seen = 12,000 written + 34 filtered + 0 lost";
-    assert_eq!(shown(books.clone()), format!("saw 100.0 % of closes: {sum}"));
-    // Not exact, not all, of fewer than all namespaces, nothing to compare with, nothing to be compared.
+    assert_eq!(shown(books.clone()), format!("saw 100.0 % of closes in its netns; in all: {sum}"));
+    // Not exact, not all, nothing to compare with, nothing to be compared.
     let said = |reconciled| shown(Ledger { reconciled, ..books.clone() });
-    assert_eq!(said(Some(with(100.0, 12_034, 3))), format!("saw about 100.0 % of closes: {sum}"));
-    assert_eq!(
-        said(Some(with(99.9, 12_030, 0))),
-        format!("saw 99.9 % of closes in its network namespace; in all: {sum}")
-    );
+    assert_eq!(said(Some(with(100.0, 12_034, 3))), format!("saw about 100.0 % of closes in its netns; in all: {sum}"));
+    assert_eq!(said(Some(with(99.9, 12_030, 0))), format!("saw 99.9 % of closes in its netns; in all: {sum}"));
     assert_eq!(said(Some(Reconciled { percent: None, ..reconciled.clone() })), sum);
     assert_eq!(said(None), sum);
     let lost =

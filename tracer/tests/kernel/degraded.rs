@@ -1,11 +1,14 @@
 //! Hooks that the kernel does not have: tracing goes on without those that it can do without, says what that costs, and says
 //! nothing that only they could have told.
 //!
-//! Here this kernel has them all. So the loader is given other tracepoints, which do not exist, for the same programs, and
-//! what it gives is joined as `tracer run` does it. (This process is the tracer then, so it is named as nobody's owner.)
+//! Here this kernel has them all. So the binary is shown types without them; or, to see what each costs, the loader is given other
+//! tracepoints, which do not exist, for the same programs, and what it gives is joined as `tracer run` does it. (This process is
+//! the tracer then, so it is named as nobody's owner.)
 
+use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -21,7 +24,9 @@ use tracer::time_wait::SockDiag;
 
 use crate::features::{STORAGE_WALK, leaves_storage_walk};
 use crate::peer::{ACK, FIN, PSH, RST, Segment, Wire};
-use crate::rig::{Guard, Listener, Namespace, PATIENCE, abort, end_of, expect, free_port, get, is_socket, ok, port_of};
+use crate::rig::{
+    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, is_socket, ok, port_of,
+};
 use crate::script::{REQUEST, Script, connect, exchange};
 
 /// Long enough to look once before.
@@ -162,6 +167,46 @@ fn without_tcp_send_reset() {
     expect(&tracer.close(server, client), &wanted);
     // Its peer has the RST.
     expect(&tracer.close(client, server), &json!({ "closed_by": "remote", "how": "rst", "cause": "reset_by_peer" }));
+}
+
+/// `tracer run` as it is, where the kernel's types have a tracepoint by another name.
+fn where_there_is_no(tracepoint: &str, directory: &Path) -> Command {
+    let (name, types) = (format!("btf_trace_{tracepoint}"), directory.join(tracepoint));
+    let mut bytes = fs::read("/sys/kernel/btf/vmlinux").expect("it has types");
+    let at = bytes.windows(name.len()).position(|window| window == name.as_bytes()).expect("this kernel has it");
+    bytes[at + name.len() - 1] = b'_';
+    fs::write(&types, bytes).expect("it is ours");
+    let script = format!(
+        "mount --bind {} /sys/kernel/btf/vmlinux; exec {} \"$@\"",
+        types.display(),
+        env!("CARGO_BIN_EXE_tracer")
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-ec", &script, "sh"]);
+    command
+}
+
+#[test]
+fn it_runs_without_a_hook_and_says_so() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for tracepoint in ["tcp_send_reset", "tcp_receive_reset", "tcp_rcv_space_adjust", "sched_process_exit"] {
+        let listener = Listener::new();
+        let options = ["--port", &listener.port.to_string(), "--strict"];
+        let tracer = Tracer::start_by(where_there_is_no(tracepoint, directory.path()), &options);
+        let start = tracer.events()[0].clone();
+        let hook = format!("tp_btf/{tracepoint}");
+        assert!(!start["hooks"].as_array().expect("a list").contains(&json!(hook)), "{start:#}");
+        let degraded = start["degraded"].as_array().expect("a list");
+        assert!(degraded.iter().any(|said| said.to_string().contains(&format!("without {hook} "))), "{start:#}");
+        let mut pair = listener.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        let (server, client) = pair.server_closes_first();
+        let wanted = json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": "request_close" });
+        expect(&tracer.wait_for_close(server, client), &wanted);
+        let run = tracer.stop();
+        assert_eq!(run.summary["ledger"]["balanced"], true, "{:#}", run.summary);
+    }
 }
 
 /// Segment by segment: the process has closed, the peer has not acknowledged that, and a RST of either side comes.

@@ -270,6 +270,19 @@ impl Lines {
             self.more.wait_timeout_while(printed, *PATIENCE, |printed| !found(printed)).expect("no panic");
         assert!(!timeout.timed_out(), "waited in vain for {what}, {} closes", printed.closes);
     }
+
+    /// Waits until all that had waited is printed.
+    fn wait_until_quiet(&self) {
+        const QUIET: Duration = Duration::from_millis(500);
+        let mut printed = self.printed.lock().expect("no panic");
+        loop {
+            let (guard, timeout) = self.more.wait_timeout(printed, QUIET).expect("no panic");
+            printed = guard;
+            if timeout.timed_out() {
+                return;
+            }
+        }
+    }
 }
 
 fn losses(printed: &Printed) -> Vec<u64> {
@@ -320,6 +333,8 @@ fn nobody_reads() {
         let mut process = process;
         let reader = scope.spawn(|| stdout.lines().for_each(|line| lines.push(&line.expect("UTF-8"))));
         lines.wait_for("word of the losses", |printed| !losses(printed).is_empty());
+        // As long as the ring is nearly full, what comes next would be lost, too.
+        lines.wait_until_quiet();
         namespace.enter(|| (0..AFTER).for_each(|_| traffic(&listener)));
         lines.wait_for("the stream to go on", |printed| printed.time_wait == AFTER);
         process.signal(Signal::INT);

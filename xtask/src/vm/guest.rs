@@ -113,7 +113,7 @@ fn console(directory: &Path, boot: usize) -> Result<PathBuf> {
 /// told by what the kernel complains of; one complaint of a hang may be but a host that is busy.
 fn is_stuck(console: &str) -> bool {
     (console.matches("BUG: soft lockup").count() > 2 && console.contains("int3"))
-        || (console.contains("Oops: int3") && console.contains("Kernel panic"))
+        || (console.contains("int3: 0000 [#") && console.contains("Kernel panic"))
 }
 
 /// A running qemu, ended when it goes out of scope.
@@ -401,13 +401,12 @@ mod tests {
         let lockup = "[  1.0] watchdog: BUG: soft lockup - CPU#0 stuck for 44s! [tracer:428]\n";
         let trap = "[  1.0] RIP: 0010:asm_exc_int3+0x0/0x40\n";
         assert!(is_stuck(&[lockup, lockup, trap, lockup].concat()));
-        assert!(is_stuck(
-            "[  1.0] Oops: int3: 0000 [#1] PREEMPT\n[  1.1] Kernel panic - not syncing: Fatal exception in interrupt\n"
-        ));
+        let panic = "[  1.1] Kernel panic - not syncing: Fatal exception in interrupt\n";
+        // As of 6.1, and of 6.12.
+        assert!(is_stuck(&["[  1.0] int3: 0000 [#1] PREEMPT SMP\n", panic].concat()));
+        assert!(is_stuck(&["[  1.0] Oops: int3: 0000 [#1] PREEMPT\n", panic].concat()));
         // Crashed of something else.
-        assert!(!is_stuck(
-            "[  1.0] BUG: kernel NULL pointer dereference\n[  1.1] Kernel panic - not syncing: Fatal exception\n"
-        ));
+        assert!(!is_stuck(&["[  1.0] BUG: kernel NULL pointer dereference\n", panic].concat()));
         // Busy, or hung in something else.
         assert!(!is_stuck(&[lockup, trap].concat()));
         assert!(!is_stuck(&[lockup; 9].concat()));

@@ -122,9 +122,8 @@ impl Line {
                 let about = if reconciled.is_exact() { "" } else { "about " };
                 line.put(&format!("saw {about}{percent:.1} % of closes"));
             });
-            // The kernel's counters are about one network namespace.
-            let others = reconciled.seen < ledger.seen;
-            self.put(if others { " in its network namespace; in all: " } else { ": " });
+            // The kernel's counters are about one network namespace; what was seen is of all.
+            self.put(" in its netns; in all: ");
         }
         self.put(&format!("{seen} seen = {} written", thousands(*written)));
         if filtered > 0 {
