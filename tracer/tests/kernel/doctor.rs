@@ -262,7 +262,7 @@ fn a_hierarchy_that_is_not_mounted() {
     assert_eq!(refused.status.code(), Some(6), "{}", String::from_utf8_lossy(&refused.stderr));
 }
 
-/// The setting is made up, as this kernel may have no other; `machine::without_the_compiler_of_programs` makes it for real.
+/// The setting is made up, as this kernel may have no other; `machine::programs_are_not_compiled` makes it for real.
 #[test]
 fn the_compiler_of_programs_is_off() {
     let (_directory, binary) = reachable();

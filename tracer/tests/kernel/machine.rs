@@ -83,7 +83,7 @@ fn the_clock_is_set() {
 /// It is refused, whether the setting can be read or not.
 #[test]
 #[ignore = "changes how the whole machine runs BPF programs"]
-fn without_the_compiler_of_programs() {
+fn programs_are_not_compiled() {
     only_in_a_guest();
     const SETTING: &str = "/proc/sys/net/core/bpf_jit_enable";
     const REMEDY: &str = "; sysctl -w net.core.bpf_jit_enable=1";
