@@ -99,7 +99,7 @@ fn end(child: &mut Child) {
 fn become_child(name: &str) -> io::Result<tokio::runtime::Runtime> {
     std::fs::write("/proc/self/comm", name)?;
     // It answers whoever connects to it.
-    privileges::drop_all(|| true).map_err(io::Error::other)?;
+    privileges::leave_root().and_then(|()| privileges::drop_all(|| true)).map_err(io::Error::other)?;
     set_parent_process_death_signal(Some(Signal::KILL))?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }

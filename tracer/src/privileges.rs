@@ -1,12 +1,14 @@
 //! What each of the two processes may still do once the programs are attached.
 //!
-//! Everything is read-only from then on. The process that reads records gives up every capability; the broker keeps two, for
+//! Everything is read-only from then on. The process that reads records is nobody's, and gives up every capability; the broker keeps two, for
 //! what nobody else can do. Nothing can be gained again. To be called before any thread is started: capabilities belong to
 //! threads.
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
-use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, Gid, Uid, geteuid, set_dumpable_behavior};
+use rustix::thread::{set_keep_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 /// What the broker needs, and for what.
 const BROKER: [Capability; 2] = [
@@ -15,6 +17,35 @@ const BROKER: [Capability; 2] = [
     // `/proc/<pid>/exe` and `/proc/<pid>/ns/net` of other users' processes.
     Capability::CAP_SYS_PTRACE,
 ];
+
+/// The user that root becomes: the kernel's `nobody`, who owns nothing.
+const NOBODY: u32 = 65534;
+
+/// Where this is root's, becomes nobody's: root owns files, and user namespaces, in whose network namespaces it may do everything without
+/// any capability. To be followed by [`drop_all`].
+///
+/// # Errors
+/// The kernel refused; not where it was not allowed (a container's root need not be): then root it stays.
+pub fn leave_root() -> Result<()> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+    let leave = || -> Result<(), Errno> {
+        // Those that may be needed still, `drop_all` keeps.
+        set_keep_capabilities(true)?;
+        set_thread_groups(&[])?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(uid, uid, uid)?;
+        set_keep_capabilities(false)
+    };
+    // Behind it nothing is effective any more.
+    lower_bound().context("cannot give up capabilities")?;
+    match leave() {
+        Ok(()) | Err(Errno::PERM) => Ok(()),
+        Err(error) => Err(error).context("cannot become another user than root"),
+    }
+}
 
 /// Gives up every capability, and the way to get one back. Before Linux 5.19 a process without `CAP_BPF` may not even read
 /// its own maps: it is kept where `works` fails without.

@@ -116,6 +116,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
         Some(target) => Some(Recording::create(target).map_err(|error| Refusal::cannot_make(&target.path, &error))?),
         None => None,
     };
+    privileges::leave_root()?;
     privileges::drop_all(|| kernel.counters().is_ok())?;
     let began = Instant::now();
     let mut ring = Ring::new(ring, looks_until)?;

@@ -23,7 +23,12 @@ fn threads(pid: u32) -> Vec<(String, Value)> {
             line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
         };
         let sets = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(field);
-        (field("Name:"), json!({ "sets": sets, "nnp": field("NoNewPrivs:"), "seccomp": field("Seccomp:") }))
+        let uids = field("Uid:");
+        assert!(uids.split('\t').all(|uid| uids.starts_with(uid)), "{status}");
+        (
+            field("Name:"),
+            json!({ "uid": uids.split('\t').next(), "sets": sets, "nnp": field("NoNewPrivs:"), "seccomp": field("Seccomp:") }),
+        )
     };
     tasks.map(status).collect()
 }
@@ -53,12 +58,12 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         for (name, status) in of_tracer {
             let keeps = lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability());
             let sets = if keeps { status["sets"].clone() } else { json!(vec![NONE; 5]) };
-            assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
+            assert_eq!(status, json!({ "uid": "65534", "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
         }
         for (name, status) in threads(broker_of(&tracer)) {
             assert_eq!(
                 status,
-                json!({ "sets": [NONE, TWO, TWO, NONE, NONE], "nnp": "1", "seccomp": seccomp }),
+                json!({ "uid": "0", "sets": [NONE, TWO, TWO, NONE, NONE], "nnp": "1", "seccomp": seccomp }),
                 "{name}"
             );
         }
@@ -79,7 +84,7 @@ fn under_the_unit_it_gives_up_as_much() {
     for (name, status) in threads(tracer.pid()) {
         let keeps = lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability());
         let sets = if keeps { status["sets"].clone() } else { json!([NONE, NONE, NONE, five(&status), NONE]) };
-        assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
+        assert_eq!(status, json!({ "uid": "65534", "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
     }
     for pid in [tracer.pid(), broker_of(&tracer)] {
         // Not its user's: others of that user can neither trace nor read it.
@@ -87,7 +92,7 @@ fn under_the_unit_it_gives_up_as_much() {
     }
     for (name, status) in threads(broker_of(&tracer)) {
         let sets = json!([NONE, TWO, TWO, five(&status), NONE]);
-        assert_eq!(status, json!({ "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
+        assert_eq!(status, json!({ "uid": "65534", "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
     }
     tracer.stop();
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::rig::{Guard, Listener, Tracer, get, ok, tracer, wait_until};
@@ -89,20 +89,26 @@ fn a_killed_run_loses_at_most_its_last_second() {
 /// A limit on the size of files stands for a full disk; the default of its signal would end tracer.
 #[test]
 fn tracing_goes_on_where_the_recording_cannot() {
-    let (recorded, listener) = (Recorded::new(), Listener::new());
-    let tracer = recorded.start(listener.port);
-    let recorded_len = || fs::metadata(recorded.path()).expect("it exists").len();
-    wait_until("the start to be recorded", || recorded_len() > 16);
-    let limit = Rlimit { current: Some(recorded_len() + 20), maximum: None };
-    let pid = Pid::from_raw(i32::try_from(tracer.pid()).expect("a pid"));
-    prlimit(pid, Resource::Fsize, limit).expect("we are root");
-    connections(&listener, &tracer, 1);
-    wait_until("writing to fail", || recorded_len() > limit.current.expect("set") - 1);
+    let (empty, recorded, listener) = (Recorded::new(), Recorded::new(), Listener::new());
+    let size = |of: &Recorded| fs::metadata(of.path()).map_or(0, |file| file.len());
+    // Room for the start, and not for much more.
+    empty.start(listener.port).stop();
+    let limit = size(&empty);
+    let mut command = Command::new("prlimit");
+    command.arg(format!("--fsize={limit}")).arg(tracer().get_program());
+    let tracer = Tracer::start_by(command, &["--port", &listener.port.to_string(), "--record", &recorded.path()]);
+    wait_until("the start to be recorded", || size(&recorded) > 16);
+    let mut made = 0;
+    wait_until("writing to fail", || {
+        connections(&listener, &tracer, 1);
+        made += 1;
+        size(&recorded) == limit
+    });
     connections(&listener, &tracer, 2);
     tracer.signal(Signal::INT);
     let (run, status) = tracer.join();
     assert_eq!(status.code(), Some(8), "the recording is incomplete");
-    assert_eq!(run.summary["closes"], 6, "the tracing is not");
+    assert_eq!(run.summary["closes"], 2 * (made + 2), "the tracing is not");
     let (events, code, _) = recorded.report();
     assert_eq!((events[0].clone(), code), (run.events[0].clone(), 8));
 }
