@@ -9,7 +9,7 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
 use tracer_ebpf::book::Column;
-use tracer_ebpf::{counter, filter, first_end, flag, kind, role, unpack_state};
+use tracer_ebpf::{counter, filter, first_end, flag, head, kind, role, unpack_state};
 
 use crate::conn::{self, Conn, HANDOVER, Outcome, SEEN, Seen, copy_words, mark};
 use crate::sock::{self, Sock, TimeWaitTable, tcp};
@@ -177,6 +177,11 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
             if let Some((rcv_nxt, snd_una)) = sock::progress(sk) {
                 traffic::established(conn, rcv_nxt, snd_una);
             }
+        }
+        if new == tcp::FIN_WAIT1
+            && let Some((rcv_nxt, _)) = sock::progress(sk)
+        {
+            head::closes(&mut conn.http, rcv_nxt);
         }
         if old != new || conn.states_len == 0 {
             conn.push_state(new, now);

@@ -15,7 +15,7 @@ use tracer_ebpf::{
     unpack_state,
 };
 
-use crate::sock;
+use crate::sock::{self, tcp};
 
 /// Bits of [`Conn::marks`]: what only the programs need to know. Never changed by ingress.
 pub(crate) mod mark {
@@ -387,7 +387,10 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     if kind == kind::CLOSE {
         // SAFETY: by the caller's word.
         if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
-            let closed = conn.flags & (flag::SHUT_DOWN | flag::FIN_RECEIVED) == flag::SHUT_DOWN;
+            // Behind the peer's FIN nothing comes that TCP would have taken.
+            let closed = matches!(old, tcp::FIN_WAIT1 | tcp::FIN_WAIT2)
+                && conn.flags & flag::FIN_RECEIVED == 0
+                && conn.older == 0;
             head::settle(&mut conn.http, rcv_nxt, snd_una, closed);
         }
     }

@@ -360,7 +360,8 @@ pub struct Http {
     /// Likewise: where what came too early begins and ends; nothing did if both are the same. See [`set_aside`].
     aside_at: u32,
     aside_end: u32,
-    _pad: u32,
+    /// Likewise, when this end closed: behind what was looked at and not received by then; 0: nothing was.
+    not_received: u32,
     /// The verdict, right at any moment.
     pub exchange: Exchange,
     /// Whether a request is a `HEAD`, by its number modulo 64.
@@ -491,12 +492,13 @@ fn pass_aside(http: &mut Http) {
 
 /// To be called before the verdict is read, with the sequence numbers behind what was received, and behind what was sent
 /// and acknowledged. What was put aside, and is still not known, is lost; so is what passed by unseen. What was looked at and
-/// not received, because TCP refused it, is taken back; unless this end was `closed` by then: TCP refuses all that comes then,
-/// but it came.
+/// not received, because TCP refused it, is taken back; if this end had closed, only what came before that ([`closes`]): TCP
+/// refuses all that comes then, but it came.
 #[inline(always)]
 pub fn settle(http: &mut Http, received: u32, acknowledged: u32, closed: bool) {
-    let synced = stream(http, INGRESS).marks & mark::SYNCED != 0;
-    if synced && !closed && http.looked.wrapping_sub(received) as i32 > 0 {
+    let looked = if closed { http.not_received } else { http.looked };
+    let any = if closed { looked != 0 } else { stream(http, INGRESS).marks & mark::SYNCED != 0 };
+    if any && looked.wrapping_sub(received) as i32 > 0 {
         take_back(http);
         if stream(http, INGRESS).kind == kind::REQUESTS {
             // Which exchange was the last one before is not known any more, and so neither is its response. None waits for one.
@@ -522,6 +524,16 @@ pub fn settle(http: &mut Http, received: u32, acknowledged: u32, closed: bool) {
     }
     if out_lost && stream(http, EGRESS).phase < phase::UNTIL_CLOSE {
         lose(http, EGRESS);
+    }
+}
+
+/// This end closes, and has received all before `received` by now: what was looked at beyond that is on its way into TCP, or TCP has
+/// refused it. [`settle`] finds out which.
+#[inline(always)]
+pub fn closes(http: &mut Http, received: u32) {
+    let looked = http.looked;
+    if stream(http, INGRESS).marks & mark::SYNCED != 0 && looked.wrapping_sub(received) as i32 > 0 {
+        http.not_received = looked;
     }
 }
 
@@ -780,11 +792,12 @@ pub fn is_inside_body(http: &mut Http, direction: usize, seq: u32, len: u32) -> 
     let no_aside = direction == EGRESS || http.aside_at == http.aside_end;
     let s = stream(http, direction);
     let ahead = seq.wrapping_sub(s.next);
-    // As it is not noted, it must not grow so far that the difference wraps.
+    // As it is not noted, it must not grow so far that the difference wraps, also that to `looked`, which may lag behind as much again
+    // and more: see `repeats`.
     (s.phase == phase::BODY || s.phase == phase::CHUNK_DATA)
         && s.busy == 0
         && no_aside
-        && ahead < 1 << 30
+        && ahead < 1 << 29
         && s.length > u64::from(ahead) + u64::from(len)
 }
 

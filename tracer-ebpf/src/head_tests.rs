@@ -909,6 +909,15 @@ fn what_tcp_has_not_received_is_not_believed() {
             assert!(!repeats(&mut c.http, seq), "{n} times 256 MiB");
         }
     }
+    // However long a body is.
+    let mut c = request("POST / HTTP/1.1\r\nContent-Length: 6000000000\r\n\r\n");
+    let bytes = vec![0; 1_000_000];
+    for n in 0..5_900 {
+        let (seq, next) = (c.next[IN], c.next[IN]);
+        checks::arrive(&mut c.http, IN, seq, &bytes, next);
+        c.skip::<IN>(bytes.len());
+        assert!(!c.has(bit::REQUESTS_LOST), "after {n} MB");
+    }
     // A part of a body that was passed over is no such thing.
     let mut c = request("POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
     let body = c.next[IN];
@@ -932,15 +941,30 @@ fn what_tcp_has_not_received_is_not_believed() {
 
 #[test]
 fn what_tcp_refused_is_taken_back() {
-    // How much of a second request TCP has not taken at the end; whether this end had closed by then.
-    for (missing, closed, lost) in [(0, false, false), (1, false, true), (19, false, true), (19, true, false)] {
+    // How much of a second request TCP has not taken at the end; how much of it when this end closed, before or after it came.
+    for (missing, closed, lost) in [
+        (0, None, false),
+        (1, None, true),
+        (19, None, true),
+        (19, Some((true, 19)), true),
+        (0, Some((true, 19)), false),
+        (19, Some((false, 0)), false),
+    ] {
         let mut c = response(OK);
+        let before = c.next[IN];
+        let closes_before = closed.is_some_and(|(came, _)| !came);
+        if closes_before {
+            closes(&mut c.http, before);
+        }
         c.send::<IN>("GET /x HTTP/1.1\r\n\r\n");
         let [next, acknowledged] = c.http.streams.map(|stream| stream.next);
-        settle(&mut c.http, next.wrapping_sub(missing), acknowledged, closed);
+        if let Some((true, missing)) = closed {
+            closes(&mut c.http, next.wrapping_sub(missing));
+        }
+        settle(&mut c.http, next.wrapping_sub(missing), acknowledged, closed.is_some());
         let x = c.http.exchange;
         let found = (x.flags & bit::REQUESTS_LOST != 0, target(&x).is_empty(), x.requests);
-        assert_eq!(found, (lost, lost, if lost { 1 } else { 2 }), "{missing} {closed}");
+        assert_eq!(found, (lost, lost, if lost { 1 } else { 2 }), "{missing} {closed:?}");
     }
     // What was not looked at is not missing: the rest of a body, or of what is not HTTP.
     for head in ["POST / HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", "\u{1}\u{2}\u{3}\u{4}"] {

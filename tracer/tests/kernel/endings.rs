@@ -768,6 +768,9 @@ fn a_client_takes_the_place_of_time_wait() {
             pair.respond(ok(""));
         }
         pair.client_closes_first();
+        // Once its place is taken, nobody can be asked for it.
+        tracer
+            .wait_for_closes(n + 1, |close| is_socket(close, client_port, server_port) && close["closed_by"] != "none");
     }
     for (local, remote, by, fate) in
         [(client_port, server_port, "local", "time_wait"), (server_port, client_port, "remote", "closed")]
