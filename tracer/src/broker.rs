@@ -237,7 +237,6 @@ fn receive<T: for<'de> Deserialize<'de>>(
 /// # Errors
 /// It could not give up its privileges, or stdin is not what [`Broker::start`] made.
 pub fn serve(confined: bool) -> Result<()> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
     // A service manager signals every process of the service: this one is still needed for what tracer prints last.
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
         // SAFETY: no handler is installed, and nothing else here deals with signals.
@@ -246,7 +245,10 @@ pub fn serve(confined: bool) -> Result<()> {
     std::fs::write("/proc/self/comm", "tracer-broker")?;
     // It works little, and a process may be gone before its turn comes. Where that is not allowed it is no harm.
     let _ = rustix::process::setpriority_process(None, -10);
+    privileges::leave_root()?;
     privileges::keep_for_broker()?;
+    // Sent by who dies: another user's would not be let through. Who becomes another user loses it.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
     let own = time_wait::own_namespace()?;
     // Asked again with each process that is looked up.
     time_namespace::shifts();

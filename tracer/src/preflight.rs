@@ -247,6 +247,11 @@ pub(crate) fn privileges(degraded: &mut Vec<String>) -> Result<(), Refusal> {
     if !missing.is_empty() {
         return Err(refuse(format!("tracer needs root; this process lacks {}", missing.join(", "))));
     }
+    let stays_root = [Capability::CAP_SETUID, Capability::CAP_SETGID].iter().any(|needed| !have.contains(needed));
+    if rustix::process::geteuid().is_root() && stays_root {
+        let what = "without CAP_SETUID and CAP_SETGID tracer stays root, though without capabilities";
+        degraded.push(format!("{what}; run it with them, or as another user (packaging/tracer.service)"));
+    }
     for (capability, cost) in [
         (Capability::CAP_SYS_ADMIN, "what is left of a connection in another network namespace is unknown"),
         (Capability::CAP_SYS_PTRACE, "exe and network namespace of other users' processes are not looked up"),

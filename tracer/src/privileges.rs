@@ -1,7 +1,7 @@
 //! What each of the two processes may still do once the programs are attached.
 //!
-//! Everything is read-only from then on. The process that reads records is nobody's, and gives up every capability; the broker keeps two, for
-//! what nobody else can do. Nothing can be gained again. To be called before any thread is started: capabilities belong to
+//! Everything is read-only from then on. Both are nobody's, where they were root's. The process that reads records gives up every
+//! capability; the broker keeps two, for what no other process can do. Nothing can be gained again. To be called before any thread is started: capabilities belong to
 //! threads.
 
 use anyhow::{Context, Result};
@@ -18,14 +18,14 @@ const BROKER: [Capability; 2] = [
     Capability::CAP_SYS_PTRACE,
 ];
 
-/// The user that root becomes: the kernel's `nobody`, who owns nothing.
+/// The user that root becomes: the kernel's `nobody`, who usually owns nothing.
 const NOBODY: u32 = 65534;
 
 /// Where this is root's, becomes nobody's: root owns files, and user namespaces, in whose network namespaces it may do everything without
 /// any capability. To be followed by [`drop_all`].
 ///
 /// # Errors
-/// The kernel refused; not where it was not allowed (a container's root need not be): then root it stays.
+/// The kernel refused; not where it is not allowed (a container's root need not be). Then root it stays, which `preflight` has said.
 pub fn leave_root() -> Result<()> {
     if !geteuid().is_root() {
         return Ok(());
@@ -36,12 +36,13 @@ pub fn leave_root() -> Result<()> {
         set_keep_capabilities(true)?;
         set_thread_groups(&[])?;
         set_thread_res_gid(gid, gid, gid)?;
-        set_thread_res_uid(uid, uid, uid)?;
-        set_keep_capabilities(false)
+        set_thread_res_uid(uid, uid, uid)
     };
     // Behind it nothing is effective any more.
     lower_bound().context("cannot give up capabilities")?;
-    match leave() {
+    let left = leave();
+    set_keep_capabilities(false).context("cannot give up capabilities")?;
+    match left {
         Ok(()) | Err(Errno::PERM) => Ok(()),
         Err(error) => Err(error).context("cannot become another user than root"),
     }
