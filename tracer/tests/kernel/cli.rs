@@ -10,15 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::rig::{Guard, Listener, Tracer, copy_executable, expect, get, ok, tracer};
-
-/// One connection that closes.
-fn traffic(listener: &Listener) -> (u16, u16) {
-    let mut pair = listener.connect();
-    pair.request(get("Connection: close\r\n"));
-    pair.respond(ok(""));
-    pair.server_closes_first()
-}
+use crate::rig::{Guard, Listener, Tracer, copy_executable, expect, ok, tracer};
 
 /// Runs a tracer that must refuse to, and returns what it said.
 fn refused(command: &mut Command, code: i32) -> String {
@@ -66,7 +58,7 @@ fn sigterm_and_sigint_end_it_with_a_summary() {
     for signal in [Signal::TERM, Signal::INT] {
         let listener = Listener::new();
         let tracer = Tracer::on_port(listener.port);
-        let (server, client) = traffic(&listener);
+        let (server, client) = listener.serve_and_close();
         tracer.wait_for_close(server, client);
         tracer.wait_for_close(client, server);
         tracer.signal(signal);
@@ -81,7 +73,7 @@ fn duration() {
     let listener = Listener::new();
     let begun = Instant::now();
     let tracer = Tracer::start(&["--duration", "2s", "--port", &listener.port.to_string()]);
-    let (server, client) = traffic(&listener);
+    let (server, client) = listener.serve_and_close();
     tracer.wait_for_close(server, client);
     let (run, status) = tracer.join();
     assert_eq!(status.code(), Some(0));
@@ -110,7 +102,7 @@ fn a_closed_stdout_is_success() {
         let begun = Instant::now();
         while process.0.try_wait().expect("it is our child").is_none() {
             assert!(begun.elapsed() < *crate::rig::PATIENCE, "tracer goes on without a reader");
-            traffic(&listener);
+            listener.serve_and_close();
             std::thread::sleep(Duration::from_millis(20));
         }
         assert_eq!(process.wait().code(), Some(0));
@@ -216,10 +208,7 @@ fn the_first_and_the_last_connections_are_told_in_full() {
         command.args(["run", "--json", "--duration", "100ms", "--port", &listener.port.to_string()]);
         let running = std::thread::spawn(move || command.output().expect("it runs"));
         while !running.is_finished() {
-            let mut pair = listener.connect();
-            pair.request(get("Connection: close\r\n"));
-            pair.respond(ok(""));
-            pair.server_closes_first();
+            listener.serve_and_close();
         }
         let output = running.join().expect("it ran");
         let text = String::from_utf8_lossy(&output.stdout);

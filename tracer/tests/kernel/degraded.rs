@@ -25,7 +25,8 @@ use tracer::time_wait::SockDiag;
 use crate::features::{STORAGE_WALK, leaves_storage_walk};
 use crate::peer::{ACK, FIN, PSH, RST, Segment, Wire};
 use crate::rig::{
-    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, is_socket, ok, port_of,
+    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, in_mounts_where, is_socket,
+    port_of, tracer,
 };
 use crate::script::{REQUEST, Script, connect, exchange};
 
@@ -108,10 +109,7 @@ impl Blinded {
     /// A close by FINs is told in full.
     #[track_caller]
     fn tells_a_close(&mut self, listener: &Listener) {
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        let (server, client) = pair.server_closes_first();
+        let (server, client) = listener.serve_and_close();
         let wanted = json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": "request_close" });
         expect(&self.close(server, client), &wanted);
         let wanted = json!({ "closed_by": "remote", "how": "fin", "final": "closed", "cause": "request_close" });
@@ -176,14 +174,7 @@ fn where_there_is_no(tracepoint: &str, directory: &Path) -> Command {
     let at = bytes.windows(name.len()).position(|window| window == name.as_bytes()).expect("this kernel has it");
     bytes[at + name.len() - 1] = b'_';
     fs::write(&types, bytes).expect("it is ours");
-    let script = format!(
-        "mount --bind {} /sys/kernel/btf/vmlinux; exec {} \"$@\"",
-        types.display(),
-        env!("CARGO_BIN_EXE_tracer")
-    );
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "sh", "-ec", &script, "sh"]);
-    command
+    in_mounts_where(&format!("mount --bind {} /sys/kernel/btf/vmlinux", types.display()), &tracer())
 }
 
 #[test]
@@ -198,10 +189,7 @@ fn it_runs_without_a_hook_and_says_so() {
         assert!(!start["hooks"].as_array().expect("a list").contains(&json!(hook)), "{start:#}");
         let degraded = start["degraded"].as_array().expect("a list");
         assert!(degraded.iter().any(|said| said.to_string().contains(&format!("without {hook} "))), "{start:#}");
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        let (server, client) = pair.server_closes_first();
+        let (server, client) = listener.serve_and_close();
         let wanted = json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": "request_close" });
         expect(&tracer.wait_for_close(server, client), &wanted);
         let run = tracer.stop();

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::features::{STORAGE_WALK, degraded, leaves_storage_walk, verdict};
-use crate::rig::{Listener, PATIENCE, copy_executable, expect, get, ok, tracer};
+use crate::rig::{Listener, PATIENCE, copy_executable, expect, tracer};
 use crate::unit::under_the_filters_without;
 
 /// The binary, where an unprivileged user can reach it.
@@ -181,10 +181,7 @@ fn it_traces_without_proc() {
     let tracing = std::thread::spawn(move || in_mounts_where(&script, &binary));
     let mut ports = Vec::new();
     while !tracing.is_finished() {
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        ports.push(pair.server_closes_first());
+        ports.push(listener.serve_and_close());
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     let output = tracing.join().expect("it ran");

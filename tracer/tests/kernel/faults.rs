@@ -19,21 +19,15 @@ use crate::leftovers::{exists, held_by, mounts};
 use crate::names::stopped;
 use crate::privileges::{broker_of, names_everything, nobody_with, unit_capabilities};
 use crate::rig::{
-    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, in_a_guest, is_of_now, is_socket, not_hidden, ok,
-    port_of, resident_kib, run, tracer, wait_until,
+    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, in_a_guest, in_mounts_where, is_of_now, is_socket,
+    not_hidden, ok, port_of, resident_kib, run, tracer, wait_until,
 };
 use crate::script::Script;
 use crate::summary::launcher_of;
 
 /// Some connections, one after another, each closed by the server first.
 fn traffic(listener: &Listener, count: usize) -> Vec<(u16, u16)> {
-    let one = |_| {
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        pair.server_closes_first()
-    };
-    (0..count).map(one).collect()
+    (0..count).map(|_| listener.serve_and_close()).collect()
 }
 
 /// So many connections that their lines do not fit into the pipe at stdout (1 MiB; a line has 900 bytes, and there are two). Not
@@ -50,14 +44,6 @@ fn tracer_on(listener: &Listener) -> Command {
     let mut command = tracer();
     command.args(["run", "--json", "--port", &listener.port.to_string()]);
     command
-}
-
-/// The same command in a mount namespace of its own, after `script`.
-fn in_mounts_where(script: &str, command: &Command) -> Command {
-    let mut inside = Command::new("unshare");
-    inside.args(["--mount", "--propagation", "private", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh"]);
-    inside.arg(command.get_program()).args(command.get_args());
-    inside
 }
 
 fn state_of(pid: u32) -> Option<char> {

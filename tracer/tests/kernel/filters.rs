@@ -47,14 +47,6 @@ fn connect(listener: &TcpListener, ip: &str) -> (TcpStream, TcpStream) {
     (client, listener.accept().expect("it was connected").0)
 }
 
-/// An exchange that the client asked to be the last one, and the server closes.
-fn classic(listener: &Listener) -> (u16, u16) {
-    let mut pair = listener.connect();
-    pair.request(get("Connection: close\r\n"));
-    pair.respond(ok(""));
-    pair.server_closes_first()
-}
-
 /// Ends tracer, which must have reported just these sockets, by local and remote port, and counted no more.
 #[track_caller]
 fn only(tracer: Tracer, wanted: &[(u16, u16)]) -> Run {
@@ -154,7 +146,7 @@ fn a_network_namespace_by_name_path_and_number() {
     for netns in [one.name.clone(), format!("/run/netns/{}", one.name), number] {
         let tracer = start(port, &format!("--netns {netns}"));
         two.enter(|| visit(&other, "127.0.0.1"));
-        let (server, client) = one.enter(|| classic(&listener));
+        let (server, client) = one.enter(|| listener.serve_and_close());
         let run = only(tracer, &[(server, client), (client, server)]);
         for close in run.closes() {
             expect(close, &json!({ "netns": one.inode(), "cause": "request_close", "http": { "requests": 1 } }));
@@ -192,7 +184,7 @@ fn how_long_it_was_open() {
     for states in ["", " --states"] {
         let tracer = start(listener.port, &format!("--min-duration 500ms{states}"));
         let long = listener.connect();
-        let (short, short_client) = classic(&listener);
+        let (short, short_client) = listener.serve_and_close();
         std::thread::sleep(Duration::from_millis(600));
         let (server, client) = long.server_closes_first();
         let run = only(tracer, &[(server, client), (client, server)]);
@@ -220,7 +212,7 @@ fn how_it_ended() {
         let _ = std::io::Read::read(&mut reset.server, &mut [0]);
         drop(reset.server);
         let (_, by_client) = listener.connect().client_closes_first();
-        let (_, by_server) = classic(&listener);
+        let (_, by_server) = listener.serve_and_close();
         (by_reset, by_client, by_server)
     };
     let tracer = start(port, "--cause reset_by_peer --cause unused");
@@ -297,7 +289,7 @@ fn a_cgroup_and_those_below_it() {
     for (asked, within) in [(&cgroup.0, true), (&inner, false)] {
         let tracer = start(listener.port, &format!("--cgroup {}", asked.display()));
         // This process is in another one.
-        classic(&listener);
+        listener.serve_and_close();
         let clients = [(&cgroup.0, within), (&inner, true)].map(|(cgroup, passes)| {
             let script = format!(
                 "open('{}/cgroup.procs', 'w').write('0')\nconnection = connect()\nhear()\nconnection.close()\nhear()",

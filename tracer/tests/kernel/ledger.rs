@@ -14,8 +14,8 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::{Value, json};
 
 use crate::rig::{
-    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, ok, resident_kib, tracer,
-    wait_until,
+    Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, in_mounts_where, resident_kib,
+    tracer, wait_until,
 };
 
 fn number(value: &Value) -> u64 {
@@ -41,14 +41,6 @@ fn balanced(summary: &Value) -> &Value {
     ledger
 }
 
-/// One connection that the server closes first.
-fn traffic(listener: &Listener) {
-    let mut pair = listener.connect();
-    pair.request(get("Connection: close\r\n"));
-    pair.respond(ok(""));
-    pair.server_closes_first();
-}
-
 #[test]
 fn a_known_number_of_connections() {
     const CONNECTIONS: u64 = 25;
@@ -68,7 +60,7 @@ fn a_known_number_of_connections() {
             let tracer = Tracer::start(&[&["--strict"][..], filters].concat());
             (Listener::new(), tracer)
         });
-        namespace.enter(|| (0..CONNECTIONS).for_each(|_| traffic(&listener)));
+        namespace.enter(|| (0..CONNECTIONS).for_each(|_| _ = listener.serve_and_close()));
         tracer.wait_for_closes(usize::try_from(written).expect("small"), |_| true);
         // What is asked for in between is not short of anything either.
         tracer.signal(Signal::USR1);
@@ -121,7 +113,7 @@ fn the_kernel_knows_of_no_other_close() {
         before.client_closes_first();
         for n in 0..30 {
             match n % 3 {
-                0 => traffic(&listener),
+                0 => _ = listener.serve_and_close(),
                 1 => {
                     let pair = listener.connect();
                     abort(pair.client);
@@ -168,13 +160,10 @@ fn where_is(of: &str, file: &Path) -> Command {
     let script = format!(
         "net=/proc/$$/net; mount -t tmpfs net $net; for file in snmp sockstat sockstat6 netstat; do
            ln -s /proc/thread-self/net/$file $net/$file; done
-         ln -sf {} $net/{of}; exec {} \"$@\"",
-        file.display(),
-        env!("CARGO_BIN_EXE_tracer")
+         ln -sf {} $net/{of}",
+        file.display()
     );
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "sh", "-ec", &script, "sh"]);
-    command
+    in_mounts_where(&script, &tracer())
 }
 
 /// With room for all that other tests do meanwhile: the floods among them are faster than a tracer that gets no processor.
@@ -196,7 +185,7 @@ fn the_kernel_made_more_mini_sockets() {
             let tracer = Tracer::start_by(where_is("netstat", &netstat), &WHOLE_HOST);
             (Listener::new(), tracer)
         });
-        namespace.enter(|| (0..5).for_each(|_| traffic(&listener)));
+        namespace.enter(|| (0..5).for_each(|_| _ = listener.serve_and_close()));
         let netns = namespace.inode();
         tracer.wait_for_closes(10, |close| close["netns"] == netns);
         says(5 + more);
@@ -335,7 +324,7 @@ fn nobody_reads() {
         lines.wait_for("word of the losses", |printed| !losses(printed).is_empty());
         // As long as the ring is nearly full, what comes next would be lost, too.
         lines.wait_until_quiet();
-        namespace.enter(|| (0..AFTER).for_each(|_| traffic(&listener)));
+        namespace.enter(|| (0..AFTER).for_each(|_| _ = listener.serve_and_close()));
         lines.wait_for("the stream to go on", |printed| printed.time_wait == AFTER);
         process.signal(Signal::INT);
         let status = process.wait();
@@ -366,7 +355,7 @@ fn nobody_reads() {
 fn in_the_text() {
     let namespace = Namespace::new("words");
     let (listener, mut process, mut stdout, mut text) = printing(&namespace, &["--strict"]);
-    namespace.enter(|| (0..3).for_each(|_| traffic(&listener)));
+    namespace.enter(|| (0..3).for_each(|_| _ = listener.serve_and_close()));
     for _ in 0..6 {
         assert!(stdout.read_line(&mut text).expect("it prints") > 0, "{text}");
     }

@@ -132,12 +132,7 @@ fn the_same_ports_in_two_namespaces() {
     let tracer = Tracer::on_port(listener.port);
     let other =
         two.enter(|| std::net::TcpListener::bind(("127.0.0.1", listener.port)).expect("it is another namespace"));
-    one.enter(|| {
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        pair.server_closes_first()
-    });
+    one.enter(|| listener.serve_and_close());
     two.enter(|| {
         let client = TcpStream::connect(("127.0.0.1", listener.port)).expect("it listens");
         let (server, _) = other.accept().expect("it was connected");

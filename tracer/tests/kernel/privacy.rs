@@ -225,6 +225,13 @@ impl Search {
         let found = words.iter().filter_map(|word| Some((word, find(word, bytes)?)));
         self.leaks.extend(found.map(|(word, around)| format!("{word} is in {what}: {around:?}")));
     }
+
+    /// None of the words may be in the maps of a tracer, which still runs.
+    fn maps(&mut self, output: &Printing, words: &[&str]) {
+        let held = maps(output.process.id());
+        assert!(!held.is_empty());
+        self.through(&format!("the maps of {}", output.stdout.display()), &held, "", words);
+    }
 }
 
 /// Programs of our own, and all that they write.
@@ -284,10 +291,6 @@ impl Printing {
         let printing = Self { process: Guard(command.spawn().expect("tracer starts")), stdout, stderr };
         wait_until("the first line", || !printing.printed().is_empty());
         printing
-    }
-
-    fn pid(&self) -> u32 {
-        self.process.id()
     }
 
     pub(crate) fn printed(&self) -> Vec<u8> {
@@ -403,22 +406,15 @@ fn no_secret_leaves_the_kernel() {
         let given = fs::read(path(of)).expect("it is there");
         search.through(&format!("what --exec gets, {of}"), &given, &shown, &[SECRET, QUERY, USER]);
     }
-    for (output, words) in outputs
-        .iter()
-        .map(|output| (output, &[SECRET, QUERY, USER][..]))
-        .chain(full.iter().map(|output| (output, &[SECRET][..])))
-    {
-        let held = maps(output.pid());
-        assert!(!held.is_empty());
-        search.through(&format!("the maps of {}", output.stdout.display()), &held, "", words);
-    }
     for output in outputs {
         let name = output.stdout.display().to_string();
+        search.maps(&output, &[SECRET, QUERY, USER]);
         search.through(&name, &output.stop(), SHOWN, &[SECRET, QUERY, USER]);
     }
     search_recording(&mut search, Path::new(&recording), listener.port, &[SECRET, QUERY, USER]);
     // Asked for, the query string is there, and is all that is there besides.
     for output in full {
+        search.maps(&output, &[SECRET]);
         let (name, printed) = (output.stdout.display().to_string(), output.stop());
         if find(QUERY, &printed).is_none() {
             search.missing.push(format!("no query string is in {name}"));

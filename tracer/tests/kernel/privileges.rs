@@ -10,27 +10,28 @@ use serde_json::{Value, json};
 
 use crate::features::{MAPS_WITHOUT_CAPABILITY, degraded, lacks, maps_without_capability};
 use crate::names::Cgroup;
-use crate::rig::{Listener, Namespace, Pair, Tracer, copy_executable, expect, get, ok, tracer, wait_until};
+use crate::rig::{Listener, Namespace, Pair, Tracer, copy_executable, expect, tracer, wait_until};
 use crate::script::Script;
 
-/// `/proc/<pid>/status` of each thread of a process: the fields that are of interest.
-fn threads(pid: u32) -> Vec<(String, Value)> {
+/// The sets of capabilities in `/proc/<pid>/status`.
+const SETS: [&str; 5] = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"];
+
+/// Fails unless each thread of a process is of this user, has these [`SETS`] and cannot gain any. Returns how many there are.
+#[track_caller]
+fn threads_are(pid: u32, uid: u32, sets: [&str; 5], seccomp: &str) -> usize {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
-    let status = |task: std::io::Result<fs::DirEntry>| {
+    let check = |task: std::io::Result<fs::DirEntry>| {
         let status = fs::read_to_string(task.expect("it can be read").path().join("status")).expect("it runs");
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
-            line.unwrap_or_else(|| panic!("no {name} in {status}")).trim().to_owned()
+            line.unwrap_or_else(|| panic!("no {name} in {status}")).trim()
         };
-        let sets = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"].map(field);
-        let uids = field("Uid:");
-        assert!(uids.split('\t').all(|uid| uids.starts_with(uid)), "{status}");
-        (
-            field("Name:"),
-            json!({ "uid": uids.split('\t').next(), "sets": sets, "nnp": field("NoNewPrivs:"), "seccomp": field("Seccomp:") }),
-        )
+        // The real, effective, saved one, and that of files.
+        assert_eq!(field("Uid:"), vec![uid.to_string(); 4].join("\t"), "{status}");
+        assert_eq!(SETS.map(field), sets, "{status}");
+        assert_eq!([field("NoNewPrivs:"), field("Seccomp:")], ["1", seccomp], "{status}");
     };
-    tasks.map(status).collect()
+    tasks.map(check).count()
 }
 
 /// The process that looks into `/proc` for a tracer.
@@ -44,6 +45,19 @@ pub(crate) fn broker_of(tracer: &Tracer) -> u32 {
 const NONE: &str = "0000000000000000";
 /// `CAP_SYS_ADMIN` and `CAP_SYS_PTRACE`.
 const TWO: &str = "0000000000280000";
+/// `CAP_BPF`.
+const BPF: &str = "0000008000000000";
+const NOBODY: u32 = 65534;
+
+/// What the reader has: nothing, but on a kernel that makes it keep one capability.
+fn of_reader(bounding: &str) -> [&str; 5] {
+    let kept = if lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability()) { BPF } else { NONE };
+    [NONE, kept, kept, bounding, NONE]
+}
+
+fn of_broker(bounding: &str) -> [&str; 5] {
+    [NONE, TWO, TWO, bounding, NONE]
+}
 
 #[test]
 fn every_thread_has_given_up_what_it_does_not_need() {
@@ -53,30 +67,14 @@ fn every_thread_has_given_up_what_it_does_not_need() {
         let arguments: Vec<&str> = ["--port", &port].into_iter().chain(option).collect();
         let tracer = Tracer::start(&arguments);
         // The second one writes.
-        let of_tracer = threads(tracer.pid());
-        assert!(of_tracer.len() > 1, "{of_tracer:#?}");
-        for (name, status) in of_tracer {
-            let sets = if keeps() { status["sets"].clone() } else { json!(vec![NONE; 5]) };
-            assert_eq!(status, json!({ "uid": "65534", "sets": sets, "nnp": "1", "seccomp": seccomp }), "{name}");
-        }
-        for (name, status) in threads(broker_of(&tracer)) {
-            assert_eq!(
-                status,
-                json!({ "uid": "65534", "sets": [NONE, TWO, TWO, NONE, NONE], "nnp": "1", "seccomp": seccomp }),
-                "{name}"
-            );
-        }
+        assert!(threads_are(tracer.pid(), NOBODY, of_reader(NONE), seccomp) > 1);
+        threads_are(broker_of(&tracer), NOBODY, of_broker(NONE), seccomp);
         let run = tracer.stop();
         // Nobody needs to be warned of what was asked for; who reads the events knows.
         let degraded = run.events[0]["degraded"].as_array().expect("a list");
         let said = degraded.iter().any(|missing| missing.to_string().contains("--no-sandbox"));
         assert_eq!(said, option.is_some(), "{degraded:?}");
     }
-}
-
-/// Whether this kernel makes the reader keep one capability.
-fn keeps() -> bool {
-    lacks(MAPS_WITHOUT_CAPABILITY, maps_without_capability())
 }
 
 /// As the unit runs it. What a program could gain that it starts stays the unit's: there is none, by `no_new_privs`.
@@ -86,17 +84,11 @@ fn under_the_unit_it_gives_up_as_much() {
     let tracer = Tracer::start_by(nobody_with(&unit_capabilities(), directory.path()), &["--port", "1"]);
     // Their numbers: CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF.
     let five = format!("{:016x}", [12, 19, 21, 38, 39].map(|number| 1u64 << number).iter().sum::<u64>());
-    for (name, status) in threads(tracer.pid()) {
-        let sets = if keeps() { status["sets"].clone() } else { json!([NONE, NONE, NONE, five, NONE]) };
-        assert_eq!(status, json!({ "uid": "65534", "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
-    }
+    threads_are(tracer.pid(), NOBODY, of_reader(&five), "2");
+    threads_are(broker_of(&tracer), NOBODY, of_broker(&five), "2");
     for pid in [tracer.pid(), broker_of(&tracer)] {
         // Not its user's: others of that user can neither trace nor read it.
         assert_eq!(fs::metadata(format!("/proc/{pid}/fd")).expect("it runs").uid(), 0);
-    }
-    for (name, status) in threads(broker_of(&tracer)) {
-        let sets = json!([NONE, TWO, TWO, five, NONE]);
-        assert_eq!(status, json!({ "uid": "65534", "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
     }
     tracer.stop();
 }
@@ -191,10 +183,7 @@ fn where_it_must_stay_root_it_says_so() {
     command.args(["--bounding-set=-setuid", "--inh-caps=-setuid"]).arg(tracer().get_program());
     let tracer = Tracer::start_by(command, &["--port", "1"]);
     assert!(tracer.events()[0]["degraded"].to_string().contains("stays root"), "{:#}", tracer.events()[0]);
-    for (name, status) in threads(tracer.pid()) {
-        let sets = if keeps() { status["sets"].clone() } else { json!(vec![NONE; 5]) };
-        assert_eq!(status, json!({ "uid": "0", "sets": sets, "nnp": "1", "seccomp": "2" }), "{name}");
-    }
+    threads_are(tracer.pid(), 0, of_reader(NONE), "2");
     tracer.stop();
 }
 
@@ -204,10 +193,7 @@ fn three_capabilities_are_enough_for_all_but_names() {
     let command = nobody_with("+bpf,+perfmon,+net_admin", directory.path());
     let listener = Listener::new();
     let tracer = Tracer::start_by(command, &["--port", &listener.port.to_string()]);
-    let mut pair = listener.connect();
-    pair.request(get("Connection: close\r\n"));
-    pair.respond(ok(""));
-    let (server, client) = pair.server_closes_first();
+    let (server, client) = listener.serve_and_close();
     let close = tracer.wait_for_close(server, client);
     expect(
         &close,
@@ -232,10 +218,7 @@ fn without_its_broker_it_goes_on() {
     let broker = broker_of(&tracer);
     kill_process(Pid::from_raw(broker.cast_signed()).expect("a process id"), Signal::KILL).expect("it runs");
     for _ in 0..2 {
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        let (server, client) = pair.server_closes_first();
+        let (server, client) = listener.serve_and_close();
         let close = tracer.wait_for_close(server, client);
         let process = json!({ "pid": std::process::id(), "exe": null, "cgroup": null });
         expect(&close, &json!({ "final": "time_wait", "cause": "request_close", "process": process }));

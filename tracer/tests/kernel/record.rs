@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::rig::{Guard, Listener, Tracer, get, ok, tracer, wait_until};
+use crate::rig::{Guard, Listener, Tracer, tracer, wait_until};
 
 struct Recorded {
     directory: tempfile::TempDir,
@@ -40,10 +40,7 @@ impl Recorded {
 
 fn connections(listener: &Listener, tracer: &Tracer, count: usize) {
     for _ in 0..count {
-        let mut pair = listener.connect();
-        pair.request(get("Connection: close\r\n"));
-        pair.respond(ok(""));
-        let (server, client) = pair.server_closes_first();
+        let (server, client) = listener.serve_and_close();
         tracer.wait_for_close(server, client);
         tracer.wait_for_close(client, server);
     }

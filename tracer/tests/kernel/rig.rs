@@ -30,6 +30,14 @@ pub(crate) fn in_a_guest() -> bool {
     std::env::var_os("TRACER_TEST_GUEST").is_some()
 }
 
+/// The same command in a mount namespace of its own, after `script`.
+pub(crate) fn in_mounts_where(script: &str, command: &Command) -> Command {
+    let mut inside = Command::new("unshare");
+    inside.args(["--mount", "--propagation", "private", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh"]);
+    inside.arg(command.get_program()).args(command.get_args());
+    inside
+}
+
 /// The real binary.
 pub(crate) fn tracer() -> Command {
     assert!(rustix::process::geteuid().is_root(), "the kernel tests need root: run `cargo xtask test`");
@@ -467,6 +475,14 @@ impl Listener {
         prepare(&client);
         let (server, client_port) = self.accept();
         Pair { server, client, server_port: self.port, client_port }
+    }
+
+    /// One connection, whose request asks for its end; the server closes first. Answers the ports, the server's first.
+    pub(crate) fn serve_and_close(&self) -> (u16, u16) {
+        let mut pair = self.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        pair.server_closes_first()
     }
 
     /// Takes a connection that another process makes; also returns its port.

@@ -4,6 +4,7 @@
 use std::io::Write as _;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -445,48 +446,49 @@ fn what_tcp_refuses_is_not_believed() {
         "requests": 1, "responses": 1, "request_connection": "unobserved", "response_connection": "unobserved", "target": null,
     });
     let second = json!({ "requests": 2, "responses": 1, "request_connection": "close", "target": "/invented" });
-    for (how, cause, http) in [
-        ("it acknowledges nothing", "idle_timeout", &first),
-        ("it acknowledges nothing, and ends", "idle_timeout", &first),
-        ("it acknowledges what was not sent", "unknown", &none),
-        ("it acknowledges what was not sent, and the FIN comes late", "unknown", &none),
-        ("TCP takes it", "unanswered", &second),
-    ] {
+    /// What is done to a request.
+    type Change = fn(Segment) -> Segment;
+    let no_ack: Change = |good| Segment { flags: PSH, ..good };
+    let fin_without_ack: Change = |good| Segment { flags: FIN, payload: Vec::new(), ..good };
+    let ack_of_what_was_not_sent: Change = |good| Segment { ack: good.ack.wrapping_add(100_000), ..good };
+    let none_at_all: Change = |good| good;
+    // Whether TCP takes it; whether the socket has ended when the peer's FIN comes.
+    for (n, (change, taken, late, cause, http)) in [
+        (no_ack, false, false, "idle_timeout", &first),
+        (fin_without_ack, false, false, "idle_timeout", &first),
+        (ack_of_what_was_not_sent, false, false, "unknown", &none),
+        (ack_of_what_was_not_sent, false, true, "unknown", &none),
+        (none_at_all, true, false, "unanswered", &second),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        eprintln!("case {n}");
         let (mut server, mut peer) = wire.accepted(&listener);
         peer.data(0, &request);
         receive(&mut server, request.len());
         server.write_all(response.as_bytes()).expect("the connection is open");
         peer.receive(response.len());
         peer.acknowledge_at(all);
-        let good = Segment { payload: invented.as_bytes().to_vec(), flags: ACK | PSH, ..peer.at(all) };
-        match how {
-            "it acknowledges nothing" => peer.send(Segment { flags: PSH, ..good }),
-            "it acknowledges nothing, and ends" => peer.send(Segment { flags: FIN, payload: Vec::new(), ..good }),
-            _ if how.starts_with("it acknowledges what was not sent") => {
-                peer.send(Segment { ack: good.ack.wrapping_add(100_000), ..good })
-            }
-            _ => peer.send(good),
-        }
-        // What TCP takes is unread data otherwise, for which it would send a RST.
-        let sent = if cause == "unanswered" {
+        peer.send(change(Segment { payload: invented.into(), flags: ACK | PSH, ..peer.at(all) }));
+        let mut sent = all;
+        if taken {
+            // Unread, it would be answered by a RST.
             receive(&mut server, invented.len());
-            all + len(invented)
-        } else {
-            all
-        };
-        std::thread::sleep(std::time::Duration::from_millis(1_200));
+            sent += len(invented);
+        }
+        std::thread::sleep(Duration::from_millis(1_200));
         drop(server);
         peer.wait_for("a FIN", |segment| segment.has(FIN));
-        if how.ends_with("late") {
-            // The socket has ended by then.
+        if late {
             peer.acknowledge_at(sent);
-            std::thread::sleep(std::time::Duration::from_millis(300));
+            std::thread::sleep(Duration::from_millis(300));
         }
         peer.fin(sent);
-        let close = record(&tracer, &peer);
-        eprintln!("{how}");
-        expect(&close, &json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": cause }));
-        expect(&close, &json!({ "http": http }));
+        expect(
+            &record(&tracer, &peer),
+            &json!({ "closed_by": "local", "how": "fin", "final": "time_wait", "cause": cause, "http": http }),
+        );
     }
     tracer.stop();
 }
