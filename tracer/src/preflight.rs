@@ -189,21 +189,20 @@ pub(crate) fn processes() -> Result<(), String> {
 pub(crate) const JIT: &str = "/proc/sys/net/core/bpf_jit_enable";
 const COMPILE: &str = "sysctl -w net.core.bpf_jit_enable=1";
 
-/// Whether the kernel compiles BPF programs, as far as [`JIT`] can be read: what calls `bpf_loop` it does not interpret
-/// (<https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/verifier.c#L20245>).
+/// Whether the kernel compiles BPF programs; false: not known, as [`JIT`] cannot be read. What calls `bpf_loop` it does not
+/// interpret (<https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/verifier.c#L20245>).
 ///
 /// # Errors
 /// It does not.
-pub(crate) fn jit() -> Result<(), Refusal> {
-    match fs::read_to_string(JIT) {
-        Ok(setting) if setting.trim() == "0" => {
-            let release = kernel_release();
-            let message =
-                format!("kernel {release} does not compile BPF programs, and interprets none with bpf_loop; {COMPILE}");
-            Err(Refusal { code: exit::KERNEL, message })
-        }
-        _ => Ok(()),
+pub(crate) fn jit() -> Result<bool, Refusal> {
+    let Ok(setting) = fs::read_to_string(JIT) else { return Ok(false) };
+    if setting.trim() != "0" {
+        return Ok(true);
     }
+    let release = kernel_release();
+    let message =
+        format!("kernel {release} does not compile BPF programs, and interprets none with bpf_loop; {COMPILE}");
+    Err(Refusal { code: exit::KERNEL, message })
 }
 
 /// What it costs that `sock_diag` does not answer.

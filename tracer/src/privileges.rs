@@ -1,8 +1,8 @@
 //! What each of the two processes may still do once the programs are attached.
 //!
-//! Everything is read-only from then on. Both are nobody's, where they were root's. The process that reads records gives up every
-//! capability; the broker keeps two, for what no other process can do. Nothing can be gained again. To be called before any thread is started: capabilities belong to
-//! threads.
+//! Everything is read-only from then on. Both are nobody's, where they were root's. The process that reads records gives up
+//! every capability; the broker keeps two, for what no other process can do. Nothing can be gained again. To be called before
+//! any thread is started: capabilities belong to threads.
 
 use anyhow::{Context, Result};
 use caps::{CapSet, Capability, CapsHashSet};
@@ -21,18 +21,19 @@ const BROKER: [Capability; 2] = [
 /// The user that root becomes: the kernel's `nobody`, who usually owns nothing.
 const NOBODY: u32 = 65534;
 
-/// Where this is root's, becomes nobody's: root owns files, and user namespaces, in whose network namespaces it may do everything without
-/// any capability. To be followed by [`drop_all`].
+/// Where this is root's, becomes nobody's: root owns files, and user namespaces, in whose network namespaces it may do
+/// everything without any capability. To be followed by [`drop_all`] or [`keep_for_broker`], as no capability is given up.
 ///
 /// # Errors
-/// The kernel refused; not where it is not allowed (a container's root need not be). Then root it stays, which `preflight` has said.
+/// The kernel refused; not where it is not allowed (a container's root need not be). Then root it stays, which `preflight` has
+/// said.
 pub fn leave_root() -> Result<()> {
     if !geteuid().is_root() {
         return Ok(());
     }
     let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     let leave = || -> Result<(), Errno> {
-        // Those that may be needed still, `drop_all` keeps.
+        // What is needed still, is kept by who calls this.
         set_keep_capabilities(true)?;
         set_thread_groups(&[])?;
         set_thread_res_gid(gid, gid, gid)?;
