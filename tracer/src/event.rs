@@ -634,6 +634,8 @@ pub struct Reconciled {
     pub passive_opens: u64,
     /// `TW` and `TWKilled`: mini-sockets made for TIME_WAIT and FIN_WAIT2.
     pub mini_sockets: Option<u64>,
+    /// By how many more there are now than at the beginning (`tw` of `sockstat`): fewer, if more of them went.
+    pub mini_sockets_grown: Option<i64>,
     /// Closes that left one, as far as they were seen; `null` where a filter or a loss leaves some out.
     pub mini_sockets_seen: Option<u64>,
     /// Closes of which that is not known, likewise.
@@ -655,11 +657,17 @@ impl Reconciled {
         self.closed.abs_diff(self.seen) <= self.slack
     }
 
+    /// How many mini-sockets the kernel made: as it counts them, and no fewer than there are more of.
+    pub fn least_mini_sockets(&self) -> Option<u64> {
+        let grown = self.mini_sockets_grown.and_then(|grown| u64::try_from(grown).ok()).unwrap_or(0);
+        Some(self.mini_sockets?.max(grown))
+    }
+
     /// How many mini-sockets the kernel made, and how many at least and at most were seen to be made, where these are known to
     /// disagree.
     pub fn wrong_mini_sockets(&self) -> Option<(u64, u64, u64)> {
         let seen = self.mini_sockets_seen?;
-        let wrong = (self.mini_sockets?, seen, seen + self.mini_sockets_maybe?);
+        let wrong = (self.least_mini_sockets()?, seen, seen + self.mini_sockets_maybe?);
         (self.mini_sockets_agree == Some(false)).then_some(wrong)
     }
 }

@@ -91,7 +91,7 @@ pub fn close_books(rows: &[Row], tally: &Tally, held: u64, reconciled: Option<Re
             mini_sockets_seen: all_read.then_some(seen),
             mini_sockets_maybe: all_read.then_some(maybe),
             mini_sockets_agree: reconciled
-                .mini_sockets
+                .least_mini_sockets()
                 .filter(|_| exact)
                 .map(|made| (seen.saturating_sub(besides)..=seen + maybe).contains(&made)),
             ..reconciled
@@ -203,6 +203,8 @@ struct Reading {
     in_use: u64,
     /// `TW` and `TWKilled`: mini-sockets made, by how long they last. (Not: "killed".)
     mini_sockets: Option<u64>,
+    /// `tw` of TCP: mini-sockets that there are now.
+    mini_sockets_open: Option<u64>,
     /// `TCPTimeWaitOverflow`: those for which there was no room.
     overflow: Option<u64>,
     /// The programs' count of the closes that these counters know of.
@@ -224,12 +226,13 @@ impl Reading {
                 .ok_or_else(|| missing("TCP: inuse"))?
                 .saturating_add(in_line(sockstat6, "TCP6:", "inuse").unwrap_or(0)),
             mini_sockets: tw.zip(killed).map(|(tw, killed)| tw.wrapping_add(killed)),
+            mini_sockets_open: in_line(sockstat, "TCP:", "tw"),
             overflow,
             ..Self::default()
         })
     }
 
-    /// How far it moved until `later`, in sockets.
+    /// How far it moved until `later`, in sockets. Not counted: mini-sockets that went, which no other number knows of.
     fn moved(&self, later: &Self) -> u64 {
         [
             later.active.wrapping_sub(self.active),
@@ -343,6 +346,7 @@ fn reconcile(netns: u32, began: &Reading, now: &Reading, slack: u64) -> Reconcil
         active_opens,
         passive_opens,
         mini_sockets: since(|reading| reading.mini_sockets),
+        mini_sockets_grown: since(|reading| reading.mini_sockets_open).map(u64::cast_signed),
         mini_sockets_seen: None,
         mini_sockets_maybe: None,
         mini_sockets_agree: None,
@@ -479,6 +483,20 @@ mod tests {
         assert!(!agree(4, 3, 0, 0) && !agree(4, 2, 1, 0) && !agree(1, 2, 1, 0) && !agree(1, 3, 0, 1));
         let said = complaint(&ledger(4, 2, 1, 0, |_, _| {}), 0).expect("it is wrong");
         assert!(said.starts_with("4 sockets were left in TIME_WAIT or FIN_WAIT2") && said.contains("2 to 3 were seen"));
+        // More of them exist than were made, by the other counter; that some have gone means nothing.
+        let grown = |open| {
+            let of = |began: Reading| Reading { mini_sockets_open: Some(10), ..began };
+            let began = Reading { mini_sockets: Some(0), overflow: Some(0), ..of(Reading::default()) };
+            let now = Reading { active: 5, seen: 5, mini_sockets: Some(3), mini_sockets_open: Some(open), ..began };
+            let reconciled = reconcile(1, &began, &now, 0);
+            let tally = Tally { mini_sockets: 3, ..tally(5, 0) };
+            let ledger = close_books(&[row(5, 5, 0, 0)], &tally, 0, Some(reconciled));
+            let reconciled = ledger.reconciled.expect("it was given");
+            (reconciled.mini_sockets_grown, reconciled.mini_sockets_agree, reconciled.wrong_mini_sockets())
+        };
+        assert_eq!(grown(2), (Some(-8), Some(true), None));
+        assert_eq!(grown(13), (Some(3), Some(true), None));
+        assert_eq!(grown(14), (Some(4), Some(false), Some((4, 3, 3))));
         // A close that the kernel's counters do not know, before they were read or since: it may have left one.
         let besides = |made| {
             let ledger = ledger(made, 3, 0, 0, |_, now| (now.active, now.seen) = (4, 4));

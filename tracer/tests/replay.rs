@@ -506,6 +506,7 @@ fn the_books_of_a_summary() {
         active_opens: 6_017,
         passive_opens: 6_017,
         mini_sockets: Some(6_000),
+        mini_sockets_grown: Some(-70),
         mini_sockets_seen: None,
         mini_sockets_maybe: None,
         mini_sockets_agree: None,

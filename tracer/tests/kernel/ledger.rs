@@ -151,6 +151,8 @@ fn the_kernel_knows_of_no_other_close() {
     let (made, seen) = (number(&reconciled["mini_sockets"]), number(&reconciled["mini_sockets_seen"]));
     assert!((seen..=seen + number(&reconciled["mini_sockets_maybe"])).contains(&made), "{reconciled:#}");
     assert_eq!((made, &reconciled["mini_sockets_agree"]), (12, &json!(true)), "{reconciled:#}");
+    // They are all still there.
+    assert_eq!(reconciled["mini_sockets_grown"], 12, "{reconciled:#}");
     drop(open);
 }
 
@@ -296,7 +298,7 @@ fn printing(namespace: &Namespace, options: &[&str]) -> (Listener, Guard, BufRea
 /// Nobody reads for as long as it takes to lose records; the host goes on, and so does the stream, once somebody reads.
 #[test]
 fn nobody_reads() {
-    /// The queue behind the ring takes 64 batches, one each 10 ms as long as there is something: then the ring fills.
+    /// The pipe takes a megabyte, the queue to the thread that writes four chunks: then the ring fills.
     const STALL: Duration = Duration::from_secs(5);
     const AFTER: u64 = 50;
     let namespace = Namespace::new("stalled");
