@@ -423,6 +423,22 @@ mod tests {
         rustix::net::sockopt::socket_cookie(socket).expect("a socket has a cookie")
     }
 
+    /// As a flood of namespaces would have it: none of them can be entered, which is remembered like a socket.
+    #[test]
+    fn few_namespaces_are_held() {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        let own = question(address, address, 1);
+        let mut sock_diag = SockDiag::new().expect("/proc");
+        sock_diag.probe().expect("the kernel answers");
+        assert_eq!(sock_diag.ask(&own), Answer::Gone);
+        // The kernel's numbers begin far above.
+        for netns in 1..=3 * u32::try_from(NAMESPACES).expect("few") {
+            assert_eq!(sock_diag.ask(&Question { netns, ..own.clone() }), Answer::Unknown);
+            assert!(sock_diag.sockets.len() <= NAMESPACES, "{} are held", sock_diag.sockets.len());
+            assert!(sock_diag.sockets.contains_key(&netns) && sock_diag.sockets.contains_key(&own.netns));
+        }
+    }
+
     #[test]
     fn tells_alive_from_half_closed_from_time_wait_from_gone() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");

@@ -109,10 +109,13 @@ fn a_closed_stdout_is_success() {
     }
 }
 
-/// What may appear on a terminal: printable characters and line ends, nothing that moves, colours or reorders.
+/// What may appear on a terminal: printable characters and line ends, nothing that moves, colours, reorders or hides.
 pub(crate) fn is_harmless(text: &str) -> bool {
-    let reorders = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars().all(|c| c == '\n' || !(c.is_control() || reorders(c)))
+    let is_format = |c| {
+        matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
+            || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+    };
+    text.chars().all(|c| c == '\n' || !(c.is_control() || is_format(c)))
 }
 
 #[test]
