@@ -657,8 +657,9 @@ impl Reconciled {
         self.closed.abs_diff(self.seen) <= self.slack
     }
 
-    /// How many mini-sockets the kernel made: as it counts them, and no fewer than there are more of.
-    pub fn least_mini_sockets(&self) -> Option<u64> {
+    /// How many mini-sockets the kernel made: by the larger of two counters, which agree on every kernel that was read. If one
+    /// did not count all, the other may.
+    pub fn made_mini_sockets(&self) -> Option<u64> {
         let grown = self.mini_sockets_grown.and_then(|grown| u64::try_from(grown).ok()).unwrap_or(0);
         Some(self.mini_sockets?.max(grown))
     }
@@ -667,7 +668,7 @@ impl Reconciled {
     /// disagree.
     pub fn wrong_mini_sockets(&self) -> Option<(u64, u64, u64)> {
         let seen = self.mini_sockets_seen?;
-        let wrong = (self.least_mini_sockets()?, seen, seen + self.mini_sockets_maybe?);
+        let wrong = (self.made_mini_sockets()?, seen, seen + self.mini_sockets_maybe?);
         (self.mini_sockets_agree == Some(false)).then_some(wrong)
     }
 }

@@ -91,7 +91,7 @@ pub fn close_books(rows: &[Row], tally: &Tally, held: u64, reconciled: Option<Re
             mini_sockets_seen: all_read.then_some(seen),
             mini_sockets_maybe: all_read.then_some(maybe),
             mini_sockets_agree: reconciled
-                .least_mini_sockets()
+                .made_mini_sockets()
                 .filter(|_| exact)
                 .map(|made| (seen.saturating_sub(besides)..=seen + maybe).contains(&made)),
             ..reconciled

@@ -721,8 +721,8 @@ fn whatever_others_are_called_no_output_does_anything_but_show_it() {
         let is_harmless = |text: &str| {
             !text.chars().any(|c| {
                 c != '\n' && c.is_control()
-                    || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{61c}')
-                    || matches!(c, '\u{ad}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}')
+                    || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
+                    || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
             })
         };
         let [mut plain, mut styled] = [false, true].map(|styled| Sink::Text(Text::new(TimeZone::UTC, styled)));

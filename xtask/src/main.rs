@@ -82,7 +82,7 @@ enum Command {
         /// 5.10 (which tracer must refuse), 6.1, 6.12, 7.2, or all
         #[arg(long, default_value = "6.1")]
         kernel: String,
-        /// The demo and a dozen tests
+        /// The demo and fifteen tests
         #[arg(long)]
         quick: bool,
         /// Only tests whose name contains one of these
