@@ -10,6 +10,7 @@ use std::process::{ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::time::ClockId;
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ use crate::leftovers::{exists, held_by, mounts};
 use crate::names::stopped;
 use crate::privileges::{broker_of, names_everything, nobody_with, unit_capabilities};
 use crate::rig::{
-    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, in_a_guest, in_mounts_where, is_of_now, is_socket,
+    Guard, Listener, Namespace, Tracer, abort, end_of, expect, get, in_a_guest, in_mounts_where, is_dated, is_socket,
     not_hidden, ok, port_of, resident_kib, run, tracer, wait_until,
 };
 use crate::script::Script;
@@ -645,10 +646,11 @@ fn in_a_time_namespace_dates_and_names_are_right() {
         let (port, pid) = (listener.port.to_string(), std::process::id().to_string());
         let tracer = Tracer::start_by(command, &["--port", &port, "--pid", &pid]);
         let exe = std::env::current_exe().expect("a path").display().to_string();
+        let since = Timestamp::now();
         for (server, client) in traffic(&listener, 3) {
             let close = tracer.wait_for_close(server, client);
             expect(&close, &json!({ "process": { "pid": std::process::id(), "exe": exe }, "final": "time_wait" }));
-            is_of_now(&close);
+            is_dated(&close, since);
         }
         tracer.stop();
     }

@@ -434,12 +434,13 @@ fn compare(path: &str, record: &Value, wanted: &Value, differences: &mut String)
     }
 }
 
-/// A record bears the time of now, give or take a minute.
+/// A record bears the time of something that has happened since then, give or take a second.
 #[track_caller]
-pub(crate) fn is_of_now(record: &Value) {
+pub(crate) fn is_dated(record: &Value, since: Timestamp) {
+    const GRACE: SignedDuration = SignedDuration::from_secs(1);
     let date: Timestamp = record["time"].as_str().expect("a date").parse().expect("a date");
-    let off = Timestamp::now().duration_since(date).abs();
-    assert!(off < SignedDuration::from_secs(60), "{off:?} off: {record:#}");
+    let now = Timestamp::now();
+    assert!((since - GRACE..=now + GRACE).contains(&date), "not between {since} and {now}: {record:#}");
 }
 
 /// The names of the states that a record lists.
