@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::harmless::is_harmless;
 use crate::rig::{Guard, Listener, Tracer, copy_executable, expect, ok, tracer};
 
 /// Runs a tracer that must refuse to, and returns what it said.
@@ -107,15 +108,6 @@ fn a_closed_stdout_is_success() {
         }
         assert_eq!(process.wait().code(), Some(0));
     }
-}
-
-/// What may appear on a terminal: printable characters and line ends, nothing that moves, colours, reorders or hides.
-pub(crate) fn is_harmless(text: &str) -> bool {
-    let is_format = |c| {
-        matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
-            || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
-    };
-    text.chars().all(|c| c == '\n' || !(c.is_control() || is_format(c)))
 }
 
 #[test]

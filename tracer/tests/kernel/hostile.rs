@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::cli::is_harmless;
+use crate::harmless::is_harmless;
 use crate::names::Cgroup;
 use crate::privacy::Printing;
 use crate::rig::{Guard, Listener, Namespace, copy_executable, expect, is_socket, ok, run, tracer, wait_until};

@@ -15,6 +15,8 @@ mod features;
 mod filters;
 mod fin_wait2;
 mod floods;
+#[path = "../harmless/mod.rs"]
+mod harmless;
 mod heads;
 mod hostile;
 mod ledger;
