@@ -230,7 +230,7 @@ fn initramfs(directory: &Path, kernel: &Kernel) -> Result<PathBuf> {
     if tree.exists() {
         fs::remove_dir_all(&tree)?;
     }
-    for at in ["dev", "modules", "root"] {
+    for at in ["dev", "modules", "new"] {
         fs::create_dir_all(tree.join(at))?;
     }
     fs::copy(find("busybox").context("busybox is missing")?, tree.join("busybox"))?;

@@ -5,7 +5,7 @@ exec </dev/console >/dev/console 2>&1
 while read -r module; do
     /busybox insmod "/modules/$module"
 done </modules/order
-/busybox mount -t ext4 /dev/vda /root
-/busybox mount -t ext4 -o ro /dev/vdb /root/payload
-/busybox mount --move /dev /root/dev
-exec /busybox switch_root /root /payload/guest.sh
+/busybox mount -t ext4 /dev/vda /new
+/busybox mount -t ext4 -o ro /dev/vdb /new/payload
+/busybox mount --move /dev /new/dev
+exec /busybox switch_root /new /payload/guest.sh
