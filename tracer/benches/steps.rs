@@ -1,4 +1,7 @@
-//! The steps of user space, one by one: what each costs for one record. `cargo bench --package tracer`
+//! The steps of user space, one by one: what each costs for one record. `cargo bench --package tracer`; in instructions, where
+//! the clock is no use: `cargo xtask bench --steps`.
+//!
+//! What a step makes is freed before the next run, as it is in the daemon.
 
 use bytemuck::Zeroable as _;
 use divan::{Bencher, black_box};
@@ -76,7 +79,7 @@ fn event() -> Event {
 #[divan::bench]
 fn decoding(bencher: Bencher<'_, '_>) {
     let record = record();
-    bencher.bench_local(|| decode(black_box(bytemuck::bytes_of(&record))));
+    bencher.bench_local(|| drop(black_box(decode(black_box(bytemuck::bytes_of(&record))))));
 }
 
 #[divan::bench]
@@ -88,14 +91,16 @@ fn verdicts(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// From the fact to the event, without a question to the kernel: dates, process, verdict.
+/// From the bytes to the event, without a question to the kernel: decoding, dates, process, verdict.
 #[divan::bench]
 fn joining(bencher: Bencher<'_, '_>) {
     let (mut connections, now) = (connections(), std::time::Instant::now());
+    let record = record();
     let mut events = Vec::new();
-    bencher.with_inputs(socket).bench_local_values(|socket| {
+    bencher.bench_local(|| {
         events.clear();
-        connections.fact(Fact::Ended(socket), now, &mut events);
+        let fact = decode(black_box(bytemuck::bytes_of(&record))).expect("a record");
+        connections.fact(fact, now, &mut events);
     });
 }
 
@@ -104,7 +109,7 @@ fn printing(bencher: Bencher<'_, '_>, mut sink: Sink) {
     let mut out = Vec::with_capacity(4096);
     bencher.bench_local(|| {
         out.clear();
-        sink.event(black_box(&event), &mut out)
+        sink.event(black_box(&event), &mut out).expect("memory");
     });
 }
 
@@ -138,8 +143,7 @@ fn counting(bencher: Bencher<'_, '_>) {
 }
 
 /// All of it, from the bytes of the two ends' records to their lines, counted for the summary: what the daemon does for one
-/// connection. `valgrind --tool=callgrind` counts its instructions where the clock is no use:
-/// `… steps-* --bench pipeline_text --sample-count 1 --sample-size 10000`
+/// connection.
 fn pipeline(bencher: Bencher<'_, '_>, mut sink: Sink) {
     let mut ends = [record(), record()];
     let (server, client) = ends.split_at_mut(1);

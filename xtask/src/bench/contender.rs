@@ -22,6 +22,8 @@ use crate::workspace::{self, Program};
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Contender {
+    /// Nothing at all: how far the machine's own unrest moves what is measured.
+    Nothing,
     /// Empty programs on the hooks of tracer.
     Floor,
     Text,
@@ -37,6 +39,7 @@ impl Contender {
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
+            Self::Nothing => "nothing (the control)",
             Self::Floor => "empty programs (the floor)",
             Self::Text => "tracer",
             Self::Json => "tracer --json",
@@ -47,10 +50,15 @@ impl Contender {
         }
     }
 
+    /// Whether it is a process of its own.
+    pub(crate) const fn is_process(self) -> bool {
+        !matches!(self, Self::Nothing | Self::Floor)
+    }
+
     /// The program, and the Debian package that has it.
     pub(crate) const fn program(self) -> Option<Program> {
         match self {
-            Self::Floor | Self::Text | Self::Json => None,
+            Self::Nothing | Self::Floor | Self::Text | Self::Json => None,
             Self::Tcplife => Some(("tcplife", "libbpf-tools")),
             Self::Tcpstates => Some(("tcpstates", "libbpf-tools")),
             Self::Bpftrace => Some(("bpftrace", "bpftrace")),
@@ -87,7 +95,8 @@ pub(crate) enum Reading {
 
 /// A running one.
 pub(crate) struct Active {
-    floor: Option<Floor>,
+    /// Attached while it lives.
+    _floor: Option<Floor>,
     process: Option<(Child, Output)>,
     stderr: std::path::PathBuf,
 }
@@ -96,9 +105,9 @@ impl Starter<'_> {
     /// Starts one, and waits until it is attached.
     pub(crate) fn start(&self, contender: Contender, reading: Reading, args: &[&str]) -> Result<Active> {
         let stderr = self.directory.join("stderr");
-        if contender == Contender::Floor {
-            let floor = Floor::attach(&self.hooks, self.types)?;
-            return Ok(Active { floor: Some(floor), process: None, stderr });
+        if !contender.is_process() {
+            let floor = (contender == Contender::Floor).then(|| Floor::attach(&self.hooks, self.types)).transpose()?;
+            return Ok(Active { _floor: floor, process: None, stderr });
         }
         let found = |program: &str| workspace::find(program).with_context(|| format!("not installed: {program}"));
         let mut command = match contender {
@@ -125,7 +134,7 @@ impl Starter<'_> {
                     command.args(["-e", BPFTRACE]);
                 }
             }
-            Contender::Floor | Contender::Tcpdump => {}
+            Contender::Nothing | Contender::Floor | Contender::Tcpdump => {}
         }
         let mut child = command
             .stdin(Stdio::null())
@@ -134,7 +143,7 @@ impl Starter<'_> {
             .spawn()
             .with_context(|| format!("cannot run {}", contender.name()))?;
         let stdout = child.stdout.take().context("no stdout")?;
-        let mut active = Active { floor: None, process: Some((child, Output::new(stdout, reading)?)), stderr };
+        let mut active = Active { _floor: None, process: Some((child, Output::new(stdout, reading)?)), stderr };
         active.wait_until_attached(contender)?;
         Ok(active)
     }
@@ -168,7 +177,7 @@ impl Active {
         }
     }
 
-    /// Its process; for the floor, this one.
+    /// Its process; where it has none, this one.
     pub(crate) fn pid(&self) -> u32 {
         self.process.as_ref().map_or_else(std::process::id, |(child, _)| child.id())
     }
@@ -176,7 +185,7 @@ impl Active {
     /// What it has used so far.
     pub(crate) fn usage(&self) -> Result<Usage> {
         let mut usage = Usage::of(self.pid())?;
-        if self.floor.is_some() {
+        if self.process.is_none() {
             usage.cpu_ns = 0;
         }
         Ok(usage)
@@ -249,7 +258,7 @@ impl Active {
                 // They are large.
                 let _ = fs::remove_file(self.stderr.with_file_name("tcpdump.pcap"));
             }
-            Contender::Floor => {}
+            Contender::Nothing | Contender::Floor => {}
         }
         Ok(ended)
     }

@@ -11,6 +11,7 @@ mod load;
 pub(crate) mod measure;
 mod parts;
 mod report;
+mod steps;
 
 pub(crate) use load::hold;
 
@@ -26,7 +27,7 @@ use self::contender::{Active, Contender, Reading, Starter};
 use self::floor::Counting;
 use self::load::{Load, Workload};
 use self::measure::{Maps, resident};
-use self::report::{Budget, Figures, Report, lower};
+use self::report::{Budget, Figures, METHOD, Report, lower};
 use crate::bpf::Types;
 use crate::workspace;
 
@@ -42,8 +43,14 @@ pub(crate) struct Options {
     /// Instead: what happens if nobody reads stdout for half a minute?
     #[arg(long)]
     stall: bool,
+    /// Instead: what is the size of the ring worth?
+    #[arg(long)]
+    rings: bool,
+    /// Instead: how many instructions does each step of the daemon take?
+    #[arg(long)]
+    steps: bool,
     /// All of it
-    #[arg(long, conflicts_with_all = ["scale", "stall"])]
+    #[arg(long, conflicts_with_all = ["scale", "stall", "rings", "steps"])]
     all: bool,
     /// Also write the tables to this file
     #[arg(long, value_name = "FILE")]
@@ -55,23 +62,13 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
         let mut command = std::process::Command::new("sudo");
         return workspace::succeed(command.arg("-E").arg(std::env::current_exe()?).args(std::env::args_os().skip(1)));
     }
-    workspace::install("the benchmark", &load::NEEDED)?;
-    workspace::succeed(workspace::cargo().args(["build", "--release", "--package", "tracer"]))?;
-    let directory = tempfile::Builder::new().prefix("tracer-bench-").tempdir()?;
-    let load = Load::start(directory.path())?;
-    let types = Types::read()?;
-    let tracer = workspace::target_dir().join("release/tracer");
-    let mut bench = Bench::new(&load, &tracer, directory.path(), &types)?;
-    if !options.scale && !options.stall {
-        bench.compare()?;
+    let mut report = Report::default();
+    if !options.steps || options.scale || options.stall || options.rings {
+        run(options, &mut report)?;
     }
-    if options.scale || options.all {
-        bench.scale()?;
+    if options.steps || options.all {
+        steps::count(&mut report)?;
     }
-    if options.stall || options.all {
-        bench.stall()?;
-    }
-    let report = bench.report;
     println!("{}", report.markdown());
     let json = workspace::target_dir().join("bench.json");
     fs::write(&json, report.json()?)?;
@@ -89,10 +86,36 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
     }
 }
 
+/// What needs a load.
+fn run(options: &Options, report: &mut Report) -> Result<()> {
+    workspace::install("the benchmark", &load::NEEDED)?;
+    workspace::succeed(workspace::cargo().args(["build", "--release", "--package", "tracer"]))?;
+    report.section(METHOD);
+    let directory = tempfile::Builder::new().prefix("tracer-bench-").tempdir()?;
+    let load = Load::start(directory.path())?;
+    let types = Types::read()?;
+    let tracer = workspace::target_dir().join("release/tracer");
+    let mut bench = Bench::new(&load, &tracer, directory.path(), &types, report)?;
+    if options.all || !(options.scale || options.stall || options.rings) {
+        bench.compare()?;
+    }
+    if options.scale || options.all {
+        bench.scale()?;
+    }
+    if options.rings || options.all {
+        bench.rings()?;
+    }
+    if options.stall || options.all {
+        bench.stall()?;
+    }
+    Ok(())
+}
+
 /// Rounds of each contender in which program runs are timed, and in which they are not.
 type Plan<'a> = &'a [(Contender, u32, u32)];
 
 const SHORT: Plan<'_> = &[
+    (Contender::Nothing, 0, 9),
     (Contender::Floor, 4, 9),
     (Contender::Text, 5, 15),
     (Contender::Json, 5, 9),
@@ -102,6 +125,7 @@ const SHORT: Plan<'_> = &[
     (Contender::Tcpdump, 1, 3),
 ];
 const KEEP_ALIVE: Plan<'_> = &[
+    (Contender::Nothing, 0, 9),
     (Contender::Floor, 4, 9),
     (Contender::Text, 4, 15),
     (Contender::Json, 1, 0),
@@ -129,11 +153,17 @@ struct Bench<'a> {
     load: &'a Load,
     starter: Starter<'a>,
     figures: BTreeMap<(Workload, Contender), Figures>,
-    report: Report,
+    report: &'a mut Report,
 }
 
 impl<'a> Bench<'a> {
-    fn new(load: &'a Load, tracer: &'a Path, directory: &'a Path, types: &'a Types) -> Result<Self> {
+    fn new(
+        load: &'a Load,
+        tracer: &'a Path,
+        directory: &'a Path,
+        types: &'a Types,
+        report: &'a mut Report,
+    ) -> Result<Self> {
         let mut starter = Starter { tracer, namespace: &load.namespace, directory, types, hooks: Vec::new() };
         let active = starter.start(Contender::Json, Reading::Lines, &[])?;
         let start: Value =
@@ -142,7 +172,7 @@ impl<'a> Bench<'a> {
         let hooks = hooks.iter().filter_map(|hook| hook.as_str().map(str::to_owned)).collect();
         active.stop(Contender::Json)?;
         starter.hooks = hooks;
-        Ok(Self { load, starter, figures: BTreeMap::new(), report: Report::default() })
+        Ok(Self { load, starter, figures: BTreeMap::new(), report })
     }
 
     /// The default: all contenders under all loads, and the budgets.
@@ -260,7 +290,7 @@ impl<'a> Bench<'a> {
 
     fn end(&mut self, workload: Workload, contender: Contender, active: Active) -> Result<()> {
         let figures = self.figures.entry((workload, contender)).or_default();
-        if contender != Contender::Floor {
+        if contender.is_process() {
             let (now, _) = resident(active.pid())?;
             figures.resident = figures.resident.max(Some(now));
             figures.maps = Some(Maps::of(active.pid())?.bytes);

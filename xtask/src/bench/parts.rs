@@ -1,4 +1,4 @@
-//! The parts with a setting of their own: many open connections, very many closes, and a consumer that stalls.
+//! The parts with a setting of their own: many open connections, very many closes, a consumer that stalls, and rings of other sizes.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -17,10 +17,14 @@ use super::{Bench, OPEN, SETTLE};
 const CLOSES: u64 = 5_000_000;
 /// They must have come by then.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
+/// Rounds with as many connections open, of which the one counts that is least disturbed.
+const ROUNDS: u32 = 12;
 /// A cost is flat if it grows by no more.
 const FLAT: f64 = 1.25;
 /// How long nobody reads.
 const STALL: Duration = Duration::from_secs(30);
+/// Sizes of the ring that are compared.
+const RINGS: [&str; 5] = ["256K", "1M", "4M", "16M", "64M"];
 
 impl Bench<'_> {
     /// Resident memory with very many connections open; what they take in the kernel; and what becomes of them when they
@@ -90,11 +94,12 @@ impl Bench<'_> {
         held.close()?;
         let ended = active.stop(Contender::Text)?;
 
-        let mut text = "## Scale\n\n\
-             Costs of one short connection, both ends, the least of five rounds, while other connections are open. The empty \
+        let mut text = format!(
+            "## Scale\n\n\
+             Costs of one short connection, both ends, the least of {ROUNDS} rounds, while other connections are open. The empty \
              programs are attached at the same time.\n\n\
              | | BPF ns | empty programs ns | daemon ns | resident |\n| --- | ---: | ---: | ---: | ---: |\n"
-            .to_owned();
+        );
         for level in &levels {
             let _ = writeln!(
                 text,
@@ -132,7 +137,7 @@ impl Bench<'_> {
 
     fn level(&self, name: String, active: &Active, floor: &Active) -> Result<Level> {
         let (mut bpf, mut empty, mut daemon) = (None, None, None);
-        for _ in 0..5 {
+        for _ in 0..ROUNDS {
             let before = (active.usage()?, floor.usage()?);
             let done = self.load.run(Workload::Short, 2)?;
             std::thread::sleep(SETTLE);
@@ -150,6 +155,61 @@ impl Bench<'_> {
             daemon_ns: daemon.context("no round")?,
             resident: resident(active.pid())?.0,
         })
+    }
+
+    /// What the size of the ring is worth: at the highest rate of short connections, and when very many connections end at once.
+    pub(super) fn rings(&mut self) -> Result<()> {
+        let mut text = format!(
+            "## The size of the ring\n\n\
+             `tracer run --json --ring-size SIZE`: short connections without a pause (the least of three rounds), and then {} \
+             connections, both ends here, that all end at once.\n\n\
+             | | short: BPF ns | daemon ns | lost | at once: records | lost | resident | maps |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+            number(Some(OPEN as f64), 0)
+        );
+        let mut sizes = Vec::new();
+        for size in RINGS {
+            eprintln!("bench: a ring of {size}");
+            let (mut bpf, mut daemon) = (None, None);
+            let active = self.starter.start(Contender::Json, Reading::Lines, &["--ring-size", size])?;
+            {
+                let _counting = Counting::start()?;
+                for _ in 0..3 {
+                    let before = active.usage()?;
+                    let done = self.load.run(Workload::Short, 2)?;
+                    std::thread::sleep(SETTLE);
+                    let usage = active.usage()?.since(&before);
+                    lower(&mut bpf, usage.runs().ns as f64 / done.operations as f64);
+                    lower(&mut daemon, usage.cpu_ns as f64 / done.operations as f64);
+                }
+            }
+            let short_lost = active.stop(Contender::Json)?.lost;
+            let active = self.starter.start(Contender::Json, Reading::Lines, &["--ring-size", size])?;
+            let held = Held::open(&self.load.namespace, OPEN)?;
+            std::thread::sleep(SETTLE);
+            held.close()?;
+            quiet(&active);
+            let (resident, maps) = (resident(active.pid())?.0, Maps::of(active.pid())?.bytes);
+            let ended = active.stop(Contender::Json)?;
+            let records = ended.lost + ended.closes;
+            let _ = writeln!(
+                text,
+                "| {size} | {} | {} | {short_lost} | {} | {} | {} | {} |",
+                number(bpf, 0),
+                number(daemon, 0),
+                number(Some(records as f64), 0),
+                number(Some(ended.lost as f64), 0),
+                megabytes(resident),
+                megabytes(maps),
+            );
+            sizes.push(json!({
+                "size": size, "bpf_ns": bpf, "daemon_ns": daemon, "lost": short_lost, "burst_records": records,
+                "burst_lost": ended.lost, "resident_bytes": resident, "map_bytes": maps,
+            }));
+        }
+        self.report.section(text);
+        self.report.value("rings", sizes.into());
+        Ok(())
     }
 
     /// Nobody reads stdout for a while: the host goes on, memory stays bounded, and what is lost is counted.

@@ -113,7 +113,9 @@ impl Budget {
 }
 
 /// How to read the tables.
-const METHOD: &str = "\
+pub(crate) const METHOD: &str = "\
+## How it is measured
+
 nginx and its clients (wrk, curl) run in a network namespace of their own, on the same host: each connection has both of its
 ends here. Who is measured is started anew for each round, and the rounds of all are interleaved. tracer runs without a
 filter.
@@ -123,6 +125,7 @@ filter.
 - Daemon: what its threads ran, by the scheduler. Its stdout, like that of all, is a pipe that is read at once.
 - Throughput kept: the clients go on while one after the other is started beside them and ended; the rate of a slice of 0.7 s,
   divided by the mean of those right before and after without anything; program runs are not timed. The median, and the range.
+  The control is such a slice with nothing beside the clients, either: how far it is from 1 is the machine's doing.
 - Lost: by their own account, in all rounds. Maps: what the kernel accounts to them; perf buffers are not among them.
 - Programs see the connections of the whole host: what else runs there counts, too.
 ";
@@ -179,8 +182,7 @@ impl Report {
                     .fold((f64::MAX, f64::MIN), |(low, high), kept| (low.min(*kept), high.max(*kept)));
                 format!("{kept:.2} ({low:.2}–{high:.2})")
             });
-            let is_floor = *contender == Contender::Floor;
-            let daemon = figures.daemon_ns.filter(|_| !is_floor);
+            let daemon = figures.daemon_ns.filter(|_| contender.is_process());
             let _ = writeln!(
                 text,
                 "| {name} | {kept} | {} | {} | {} | {} | {} | {} |",
@@ -188,7 +190,7 @@ impl Report {
                 number(figures.runs(), 1),
                 number(daemon, 0),
                 match figures.lost {
-                    _ if is_floor => "–".to_owned(),
+                    _ if !contender.is_process() => "–".to_owned(),
                     lost if figures.killed => format!("{lost} or more"),
                     lost => lost.to_string(),
                 },
@@ -223,7 +225,7 @@ impl Report {
     }
 
     pub(crate) fn markdown(&self) -> String {
-        let mut text = format!("# Benchmark\n\n{}\n\n{METHOD}", machine());
+        let mut text = format!("# Benchmark\n\n{}\n", machine());
         if !self.budgets.is_empty() {
             text.push_str("\n## Budgets\n\n| | measured | budget | aim | |\n| --- | ---: | ---: | ---: | --- |\n");
         }
