@@ -257,7 +257,8 @@ pub struct Run {
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "60s")]
     pub close_wait_after: Duration,
     /// Room for records that have not been read yet: 64K to 1G, a power of two. 4M hold about 11,000; what finds no room is
-    /// lost, and counted
+    /// lost, and counted. (180,000 more wait in tracer's own memory where it is they that are too many, and not stdout that is
+    /// too slow.)
     #[arg(long, value_name = "BYTES", value_parser = ring_size, default_value = "4M")]
     pub ring_size: u32,
     /// Exit with code 10 if a close was lost or not seen, or the counts in the summary do not agree

@@ -22,6 +22,7 @@ pub mod kernel;
 pub mod launcher;
 pub mod ledger;
 pub mod manual;
+mod memory;
 pub mod offsets;
 pub mod preflight;
 pub mod privileges;

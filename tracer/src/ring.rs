@@ -4,6 +4,11 @@
 //! [`PAUSE`] for as long as it finds records, and tells the programs until when it will: under load there are no wake-ups.
 //! When it finds none it looks once more, when that time has passed and everything that was written without a wake-up is
 //! there; then it sleeps until the next one. An idle host costs nothing.
+//!
+//! To copy a record takes a small part of what it takes to deal with it. So when more come than that (a server with 100,000
+//! connections ends), they are copied out of the ring, into a [`Backlog`], each time that a batch was dealt with.
+
+mod backlog;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -15,6 +20,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 use tracer_ebpf::WAKEUP_NS;
 
+use self::backlog::Backlog;
 use crate::connection::monotonic_ns;
 
 /// Between two looks.
@@ -37,6 +43,8 @@ pub(crate) fn watch<T: AsFd + AsRawFd>(fd: T, interest: Interest) -> io::Result<
 /// The reading end.
 pub struct Ring {
     ring: AsyncFd<RingBuf<MapData>>,
+    /// What comes before all that is in the ring.
+    backlog: Backlog,
     /// Something may come without a wake-up: look again then.
     look_at: Option<Instant>,
     /// The programs' word for it: until when they wake nobody.
@@ -52,7 +60,13 @@ impl Ring {
     /// The buffer's descriptor cannot be waited for.
     pub fn new(ring: RingBuf<MapData>, looks_until: Array<MapData, u64>) -> io::Result<Self> {
         let now = Instant::now();
-        Ok(Self { ring: watch(ring, Interest::READABLE)?, look_at: Some(now), looks_until, settled_at: now })
+        Ok(Self {
+            ring: watch(ring, Interest::READABLE)?,
+            backlog: Backlog::default(),
+            look_at: Some(now),
+            looks_until,
+            settled_at: now,
+        })
     }
 
     /// Waits until there may be records. May be dropped and called again at any time: that delays nothing.
@@ -74,14 +88,20 @@ impl Ring {
     pub fn drain(&mut self, most: usize, mut record: impl FnMut(&[u8])) -> usize {
         let ring = self.ring.get_mut();
         let mut count = 0;
-        while count < most
-            && let Some(item) = ring.next()
-        {
-            record(&item);
+        while count < most {
+            if !self.backlog.pop(&mut record) {
+                let Some(item) = ring.next() else { break };
+                record(&item);
+            }
             count += 1;
         }
         if count == most {
             // Some may be left.
+            while self.backlog.has_room()
+                && let Some(item) = ring.next()
+            {
+                self.backlog.push(&item);
+            }
             self.look_at = Some(Instant::now());
         } else if count > 0 {
             let unwoken = u64::try_from(UNWOKEN.as_nanos()).unwrap_or(0);

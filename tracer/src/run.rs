@@ -27,6 +27,7 @@ use crate::filter::Filter;
 use crate::kernel::{Ask, Attached, Counters, Kernel};
 use crate::launcher::Launcher;
 use crate::ledger::{self, Row, Tally, Witness};
+use crate::memory;
 use crate::preflight::{self, Refusal};
 use crate::privileges;
 use crate::process::Processes;
@@ -144,7 +145,8 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let sockstat = Sockstat::open();
     let time_wait_max = time_wait_max();
     writer::widen_stdout();
-    return_memory();
+    // What the start took and nobody needs any more: the kernel's types, most of all.
+    memory::give_back();
     privileges::seal()?;
     // Last before the first thread, and before the first record is read: from here on no file can be opened.
     if options.sandbox {
@@ -262,8 +264,12 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let now = Instant::now();
     // One of the programs may still be at work on another CPU: until all that they have counted is here.
     let mut attempts = 100;
+    let until = now + writer::GRACE;
     let rows = loop {
-        while take(&mut ring, &mut connections, now, &mut outbox) == BATCH {}
+        while take(&mut ring, &mut connections, now, &mut outbox) == BATCH {
+            // Very many may have been set aside. What is not taken by then is printed at the end, or dropped there.
+            let _ = tokio::time::timeout_at(until.into(), writer.send(&mut outbox.lines)).await;
+        }
         let rows = match kernel.ledger() {
             Ok(rows) => rows,
             Err(error) => {
@@ -366,15 +372,6 @@ impl Books {
         let compared = self.witness.as_ref()?.compare(attempts, || kernel.ledger());
         compared.inspect_err(|error| warn!("the kernel's own counters cannot be read any more: {error:#}")).ok()
     }
-}
-
-/// Gives back what the start took and nobody needs any more: the kernel's types, most of all. The allocator would keep it.
-fn return_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it only looks at what is free.
-    unsafe {
-        libc::malloc_trim(0)
-    };
 }
 
 /// How often all sockets are looked at, if those are wanted that have been in CLOSE_WAIT for `after`: so that they are

@@ -26,7 +26,7 @@ const SPARE_MAX: usize = 1 << 20;
 /// Bytes in the pipe to whoever reads stdout: as much as anybody may ask for (`/proc/sys/fs/pipe-max-size`).
 const PIPE: libc::c_int = 1 << 20;
 /// How long the writer may take to print the rest after the end.
-const GRACE: Duration = Duration::from_secs(2);
+pub(super) const GRACE: Duration = Duration::from_secs(2);
 /// The same, where stdout takes more: then it is the writer that is kept waiting, for a processor or a disk.
 const BUSY: Duration = Duration::from_secs(20);
 

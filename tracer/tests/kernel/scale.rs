@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket, sockopt};
 use rustix::process::Signal;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::rig::{
     Guard, Listener, Namespace, Tracer, expect, free_port, ok, port_of, resident_kib, tracer, wait_until,
@@ -168,6 +168,59 @@ fn a_hundred_thousand_connections_open_at_once() {
         assert_eq!(got, wanted, "{local} - {}: {states}", record.remote);
     }
     assert!(otherwise < records.len() / 1000, "{otherwise} of {} not in the usual order", records.len());
+}
+
+/// Many times as many records as the ring buffer holds, much faster than they can be turned into lines: processes are killed
+/// that have both ends of them open.
+#[test]
+fn of_all_that_ends_at_once_nothing_is_lost() {
+    const AT_ONCE: usize = 4;
+    // Where other tests keep tracer from a processor for long, some are lost all the same.
+    const ATTEMPTS: usize = 3;
+    let mut lost = Vec::new();
+    while lost.len() < ATTEMPTS {
+        let ports: Vec<u16> = (0..AT_ONCE).map(|_| free_port()).collect();
+        // Nobody is as fast as a file.
+        let output = tempfile::NamedTempFile::new().expect("a file");
+        let mut process = tracer();
+        process.args(["run", "--json"]).stdout(output.reopen().expect("it is open"));
+        process.args(ports.iter().flat_map(|port| ["--port".to_owned(), port.to_string()]));
+        let mut process = Guard(process.spawn().expect("it starts"));
+        let read = || fs::read_to_string(output.path()).expect("UTF-8");
+        wait_until("the start line", || read().ends_with('\n'));
+        let open = |port: &u16| {
+            let mut command = Command::new("python3");
+            command.args(["-c", HOLDER, &port.to_string(), &EACH.to_string()]);
+            Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"))
+        };
+        let mut holders: Vec<Guard> = ports.iter().map(open).collect();
+        for holder in &mut holders {
+            let mut line = String::new();
+            BufReader::new(holder.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+            assert_eq!(line, "open\n");
+        }
+        for holder in &holders {
+            holder.signal(Signal::KILL);
+        }
+        for holder in &mut holders {
+            holder.wait();
+        }
+        process.signal(Signal::INT);
+        assert!(process.wait().success());
+        let said = read();
+        let closes = said.lines().filter(|line| line.starts_with(r#"{"type":"close""#)).count();
+        let summary: Value = serde_json::from_str(said.lines().last().expect("a summary")).expect("JSON");
+        expect(&summary, &json!({ "type": "summary", "closes": closes }));
+        let missed = summary["lost"].as_u64().expect("a number");
+        // The last ends may come a moment later, or on top of a task that the kernel hides.
+        let ends = 2 * EACH * AT_ONCE;
+        assert!((ends - ends / 100..=ends).contains(&(closes + missed as usize)), "{closes} and {missed} of {ends}");
+        if missed == 0 {
+            return;
+        }
+        lost.push(missed);
+    }
+    panic!("lost: {lost:?}");
 }
 
 /// As often as the same addresses are used.

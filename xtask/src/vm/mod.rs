@@ -54,8 +54,9 @@ const KERNELS: [Kernel; 4] = [
 
 /// Tests that an emulated machine cannot run, with one kernel or with all, and why. What a kernel is too old for the tests know
 /// themselves, by their list of features (`tracer/tests/kernel/features.rs`).
-const SKIPPED: [(Option<&str>, &str, &str); 3] = [
+const SKIPPED: [(Option<&str>, &str, &str); 4] = [
     (None, "scale::a_hundred_thousand_connections_open_at_once", "an emulated processor takes too long for so many"),
+    (None, "scale::of_all_that_ends_at_once_nothing_is_lost", "an emulated processor takes too long for so many"),
     (
         None,
         "snapshot::agrees_with_ss_for_ten_thousand_time_wait_sockets_in_three_namespaces",
