@@ -31,16 +31,31 @@ fn columns(c: char) -> Option<usize> {
 
 /// Whether all of it can be shown as it is, in a column each.
 pub(crate) fn is_plain(text: &str) -> bool {
-    text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+    let (words, rest) = text.as_bytes().as_chunks();
+    words.iter().all(|word| are_plain(u64::from_ne_bytes(*word))) && rest.iter().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
+/// The same of eight bytes at once.
+const fn are_plain(word: u64) -> bool {
+    const ONES: u64 = u64::MAX / 0xff;
+    // The highest bit of a byte is set where it is no ASCII, where it is below a space and so borrows, and where it is DEL.
+    // Borrows reach other bytes only from one that is not plain.
+    (word | word.wrapping_sub(ONES * b' ' as u64) | word.wrapping_add(ONES)) & (ONES * 0x80) == 0
 }
 
 /// Appends `text`, escaped, as far as it fits into `max` columns. Answers the columns used, at most `max`; what does
 /// not fit is replaced by `…`.
 pub(crate) fn fit(out: &mut String, text: &str, max: usize) -> usize {
     // Nearly all text is this, and it is most of the work for a line.
-    if text.len() <= max && is_plain(text) {
-        out.push_str(text);
-        return text.len();
+    if is_plain(text) {
+        if text.len() <= max {
+            out.push_str(text);
+            return text.len();
+        }
+        let Some(shown) = max.checked_sub(1).and_then(|max| text.get(..max)) else { return 0 };
+        out.push_str(shown);
+        out.push('…');
+        return max;
     }
     let start = out.len();
     let mut used = 0;
@@ -137,6 +152,11 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn plain_is_what_is_plain_byte_by_byte(text in "([ -~]{0,20}|[ -~]{0,9}[\\x00-\\xff][ -~]{0,9})") {
+            prop_assert_eq!(is_plain(&text), text.bytes().all(|byte| matches!(byte, b' '..=b'~')));
+        }
+
         #[test]
         fn never_wider_never_raw(text in any::<String>(), max in 0_usize..40) {
             let (out, used) = fitted(&text, max);

@@ -216,7 +216,7 @@ impl Text {
             let _ = write!(self.clock.text, "{:02}:{:02}:{:02}", local.hour(), local.minute(), local.second());
         }
         let clock = &self.clock.text;
-        self.line.style(DIM, |line| line.put(clock));
+        self.line.style(DIM, |line| line.own(clock));
     }
 }
 
@@ -246,14 +246,20 @@ impl Line {
         self.text.put(&fitted);
     }
 
-    /// Appends one of our own words, which needs no escaping.
+    /// Appends one of our own words.
     #[inline(always)]
     fn word(&mut self, word: &'static str) {
-        if word.len() <= WIDTH - self.column {
-            self.text.put(word);
-            self.column += word.len();
+        self.own(word);
+    }
+
+    /// Appends what was made here, of ASCII, and needs no escaping.
+    #[inline(always)]
+    fn own(&mut self, text: &str) {
+        if text.len() <= WIDTH - self.column {
+            self.text.put(text);
+            self.column += text.len();
         } else {
-            self.put(word);
+            self.put(text);
         }
     }
 
@@ -316,7 +322,7 @@ impl Line {
     fn process(&mut self, process: &Process) {
         let begin = self.column;
         let mut pid = itoa::Buffer::new();
-        self.put(pid.format(process.pid));
+        self.own(pid.format(process.pid));
         self.word("/");
         self.put_within(&process.comm, (begin + PROCESS_WIDTH).saturating_sub(self.column));
     }
@@ -348,7 +354,7 @@ impl Line {
             self.put_within(target, max);
         }
         self.word(" ");
-        self.put(status);
+        self.own(status);
         self.word(")");
     }
 }
