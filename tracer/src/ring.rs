@@ -5,8 +5,8 @@
 //! When it finds none it looks once more, when that time has passed and everything that was written without a wake-up is
 //! there; then it sleeps until the next one. An idle host costs nothing.
 //!
-//! To copy a record takes a small part of what it takes to deal with it. So when more come than that (a server with 100,000
-//! connections ends), they are copied out of the ring, into a [`Backlog`], each time that a batch was dealt with.
+//! To copy a record takes a small part of what it takes to deal with it. So when they come faster than they are dealt with (a
+//! server with 100,000 connections ends), they are copied out of the ring, into a [`Backlog`], after each batch.
 
 mod backlog;
 
@@ -18,11 +18,13 @@ use aya::maps::{Array, MapData, RingBuf};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
-use tracer_ebpf::WAKEUP_NS;
+use tracer_ebpf::{Record, WAKEUP_NS};
 
 use self::backlog::Backlog;
 use crate::connection::monotonic_ns;
 
+/// Records of a batch: between two of them other things are done.
+const BATCH: usize = 1024;
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(10);
 /// How long after a look the programs need not wake the reader: longer than [`PAUSE`], for a look that comes late.
@@ -45,6 +47,8 @@ pub struct Ring {
     ring: AsyncFd<RingBuf<MapData>>,
     /// What comes before all that is in the ring.
     backlog: Backlog,
+    /// Records of a batch: at most a quarter of what the ring holds, or there would be no room for more meanwhile.
+    batch: usize,
     /// Something may come without a wake-up: look again then.
     look_at: Option<Instant>,
     /// The programs' word for it: until when they wake nobody.
@@ -54,15 +58,16 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Must be called within a tokio runtime.
+    /// A ring of so many bytes. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// The buffer's descriptor cannot be waited for.
-    pub fn new(ring: RingBuf<MapData>, looks_until: Array<MapData, u64>) -> io::Result<Self> {
+    pub fn new(ring: RingBuf<MapData>, bytes: u32, looks_until: Array<MapData, u64>) -> io::Result<Self> {
         let now = Instant::now();
         Ok(Self {
             ring: watch(ring, Interest::READABLE)?,
             backlog: Backlog::default(),
+            batch: (bytes as usize / size_of::<Record>() / 4).clamp(1, BATCH),
             look_at: Some(now),
             looks_until,
             settled_at: now,
@@ -84,20 +89,21 @@ impl Ring {
         Ok(())
     }
 
-    /// Passes at most `most` records on, oldest first; answers how many there were.
-    pub fn drain(&mut self, most: usize, mut record: impl FnMut(&[u8])) -> usize {
+    /// Passes a batch of records on, oldest first; answers whether there may be more. Then they are copied out of the ring,
+    /// unless they are to be left there: where it is not this thread that is too slow, more memory would only put off the loss.
+    pub fn drain(&mut self, leave: bool, mut record: impl FnMut(&[u8])) -> bool {
         let ring = self.ring.get_mut();
         let mut count = 0;
-        while count < most {
+        while count < self.batch {
             if !self.backlog.pop(&mut record) {
                 let Some(item) = ring.next() else { break };
                 record(&item);
             }
             count += 1;
         }
-        if count == most {
-            // Some may be left.
-            while self.backlog.has_room()
+        if count == self.batch {
+            while !leave
+                && self.backlog.has_room()
                 && let Some(item) = ring.next()
             {
                 self.backlog.push(&item);
@@ -116,6 +122,6 @@ impl Ring {
         } else if Instant::now() < self.settled_at {
             self.look_at = Some(self.settled_at);
         }
-        count
+        count == self.batch
     }
 }

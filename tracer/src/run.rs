@@ -67,8 +67,6 @@ pub struct Options {
     pub record: Option<record::Target>,
 }
 
-/// Records that are turned into one batch.
-const BATCH: usize = 1024;
 /// How often losses are looked for.
 const LOSS_CHECK: Duration = Duration::from_secs(1);
 
@@ -120,7 +118,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     privileges::leave_root()?;
     privileges::drop_all(|| kernel.counters().is_ok())?;
     let began = Instant::now();
-    let mut ring = Ring::new(ring, looks_until)?;
+    let mut ring = Ring::new(ring, options.ask.ring_bytes, looks_until)?;
     let mut programs_log = watch(log, Interest::READABLE)?;
     let mut degraded = host.degraded;
     for missing in kernel.degraded.drain(..) {
@@ -155,7 +153,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let records = recording.is_some();
     let every = options.wanted.every;
     let reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
-    let writer = Writer::start()?;
+    let mut writer = Writer::start()?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -228,7 +226,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
-                take(&mut ring, &mut connections, Instant::now(), &mut outbox);
+                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_behind());
                 losses.check(&kernel, &mut outbox.events)?;
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
@@ -236,11 +234,11 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
                 ready?;
                 connections.set_clock();
                 let now = Instant::now();
-                take(&mut ring, &mut connections, now, &mut outbox);
+                take(&mut ring, &mut connections, now, &mut outbox, writer.is_behind());
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
                 // First: that a RST followed may be in the ring by now.
-                take(&mut ring, &mut connections, Instant::now(), &mut outbox);
+                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_behind());
                 connections.poll(Instant::now(), &mut outbox.events);
             }
             _ = close_wait_check.tick(), if !full => {
@@ -264,11 +262,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let now = Instant::now();
     // One of the programs may still be at work on another CPU: until all that they have counted is here.
     let mut attempts = 100;
-    let until = now + writer::GRACE;
     let rows = loop {
-        while take(&mut ring, &mut connections, now, &mut outbox) == BATCH {
-            // Very many may have been set aside. What is not taken by then is printed at the end, or dropped there.
-            let _ = tokio::time::timeout_at(until.into(), writer.send(&mut outbox.lines)).await;
+        while take(&mut ring, &mut connections, now, &mut outbox, true) {
+            writer.send_last(&mut outbox.lines).await;
         }
         let rows = match kernel.ledger() {
             Ok(rows) => rows,
@@ -380,9 +376,9 @@ fn close_wait_period(after: Duration) -> Duration {
     (after / 10).clamp(Duration::from_millis(100), Duration::from_secs(5))
 }
 
-/// Moves a batch of records on; answers how many there were.
-fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, outbox: &mut Outbox) -> usize {
-    ring.drain(BATCH, |bytes| match decode(bytes) {
+/// Moves a batch of records on; answers whether there may be more. `leave`: see [`Ring::drain`].
+fn take(ring: &mut Ring, connections: &mut Connections, now: Instant, outbox: &mut Outbox, leave: bool) -> bool {
+    ring.drain(leave, |bytes| match decode(bytes) {
         Ok(fact) => {
             connections.fact(fact, now, &mut outbox.events);
             outbox.pass();

@@ -1,6 +1,6 @@
 //! Records that were taken out of the ring before their turn, to make room in it: in, and out in the same order.
 //!
-//! It grows when more comes than can be dealt with at once, up to a limit, and gives all memory back when that is over.
+//! It grows up to a limit, and what it took is given back when it is empty again.
 
 use std::collections::VecDeque;
 
@@ -53,10 +53,11 @@ impl Backlog {
     pub(super) fn pop(&mut self, record: impl FnOnce(&[u8])) -> bool {
         let Some(chunk) = self.chunks.front() else { return false };
         let Some((length, rest)) = chunk.get(self.at..).and_then(<[u8]>::split_first_chunk) else {
-            unreachable!("no chunk is empty, and records in it are whole")
+            unreachable!("no chunk is empty, and records are whole")
         };
         let length = Length::from_ne_bytes(*length) as usize;
-        record(rest.get(..length).unwrap_or_default());
+        let Some(bytes) = rest.get(..length) else { unreachable!("records are whole") };
+        record(bytes);
         let size = size_of::<Length>() + length;
         self.at += size;
         self.bytes -= size;
@@ -93,6 +94,19 @@ mod tests {
             count -= 1;
         }
         assert_eq!((count, backlog.bytes, backlog.chunks.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn one_that_is_larger_than_a_chunk() {
+        let mut backlog = Backlog::default();
+        let records = [vec![1; 10], vec![2; CHUNK + 1], vec![3; 10]];
+        for record in &records {
+            backlog.push(record);
+        }
+        for record in &records {
+            assert!(backlog.pop(|bytes| assert_eq!(bytes, record)));
+        }
+        assert!(!backlog.pop(|_| ()));
     }
 
     proptest! {

@@ -3,8 +3,12 @@
 //! Lines come in chunks, through a bounded queue, and each chunk goes out in one write. The buffers come back to be filled
 //! again. Nothing is formatted here, and nothing but stdout is waited for: what an event is made of never changes threads.
 
+use std::future::Future;
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +16,6 @@ use anyhow::{Context as _, Result};
 use log::warn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinHandle};
 
 use crate::preflight::{self, Refusal};
 use crate::reporter::Reporter;
@@ -25,9 +28,10 @@ const SPARE: usize = 2;
 const SPARE_MAX: usize = 1 << 20;
 /// Bytes in the pipe to whoever reads stdout: as much as anybody may ask for (`/proc/sys/fs/pipe-max-size`).
 const PIPE: libc::c_int = 1 << 20;
-/// How long the writer may take to print the rest after the end.
-pub(super) const GRACE: Duration = Duration::from_secs(2);
-/// The same, where stdout takes more: then it is the writer that is kept waiting, for a processor or a disk.
+/// After the end, how long the writer may take for a chunk.
+const GRACE: Duration = Duration::from_secs(2);
+/// The same, for the rest as a whole; and for a chunk, where stdout takes more: then it is the writer that is kept waiting, for a
+/// processor or a disk.
 const BUSY: Duration = Duration::from_secs(20);
 
 /// The thread that writes.
@@ -35,6 +39,12 @@ pub(super) struct Writer {
     queue: mpsc::Sender<Vec<u8>>,
     spare: std_mpsc::Receiver<Vec<u8>>,
     thread: std::thread::JoinHandle<io::Result<()>>,
+    /// Chunks that stdout has taken.
+    taken: Arc<AtomicU64>,
+    /// Since when there is only the rest.
+    ending_since: Option<Instant>,
+    /// The rest is not read, and dropped.
+    dropping: bool,
 }
 
 /// Makes room for more lines in the pipe that stdout may be: each time that it is full, the writer waits for the reader to be
@@ -59,11 +69,14 @@ impl Writer {
     pub(super) fn start() -> io::Result<Self> {
         let (queue, mut chunks) = mpsc::channel::<Vec<u8>>(QUEUE);
         let (used, spare) = std_mpsc::sync_channel(SPARE);
+        let taken = Arc::<AtomicU64>::default();
+        let count = Arc::clone(&taken);
         let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
             let mut out = io::stdout().lock();
             while let Some(mut chunk) = chunks.blocking_recv() {
                 out.write_all(&chunk)?;
                 out.flush()?;
+                count.fetch_add(1, Ordering::Relaxed);
                 chunk.clear();
                 if chunk.capacity() <= SPARE_MAX {
                     // There may be enough of them.
@@ -72,7 +85,7 @@ impl Writer {
             }
             Ok(())
         })?;
-        Ok(Self { queue, spare, thread })
+        Ok(Self { queue, spare, thread, taken, ending_since: None, dropping: false })
     }
 
     /// Waits for room, and then takes the lines; leaves a buffer without any. May be dropped and called again: then none
@@ -81,6 +94,24 @@ impl Writer {
         if let Ok(permit) = self.queue.reserve().await {
             permit.send(std::mem::replace(lines, self.spare.try_recv().unwrap_or_default()));
         }
+    }
+
+    /// Whether more waits for stdout than it takes.
+    pub(super) fn is_behind(&self) -> bool {
+        self.queue.capacity() == 0
+    }
+
+    /// [`Writer::send`] for lines of the rest, after the end; they are dropped where nobody reads them.
+    pub(super) async fn send_last(&mut self, lines: &mut Vec<u8>) {
+        if lines.is_empty() {
+            return;
+        }
+        let since = *self.ending_since.get_or_insert_with(Instant::now);
+        if !self.dropping {
+            self.dropping = while_it_is_read(self.send(lines), &self.taken, since).await.is_none();
+        }
+        // Also where stdout has failed: then they were not taken.
+        lines.clear();
     }
 
     /// Waits until nobody writes any more, even while there is nothing to write. May be dropped and called again.
@@ -94,7 +125,8 @@ impl Writer {
     /// Stdout failed; the recording is incomplete. Where nobody reads the last lines the process ends here,
     /// and that is a failure if it is `strict`.
     pub(super) async fn end(self, lines: Vec<u8>, reporter: Reporter, strict: bool) -> Result<()> {
-        let Self { queue, thread, .. } = self;
+        let Self { queue, thread, taken, ending_since, dropping, .. } = self;
+        let since = ending_since.unwrap_or_else(Instant::now);
         // Each for itself: the disk may not answer, or the reader of stdout.
         let recorded = tokio::task::spawn_blocking(move || reporter.finish_recording());
         let printed = tokio::task::spawn_blocking(move || {
@@ -103,7 +135,8 @@ impl Writer {
             drop(queue);
             thread.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")))
         });
-        let (recorded, printed) = tokio::join!(tokio::time::timeout(GRACE, recorded), while_it_is_read(printed));
+        let printed = async { if dropping { None } else { while_it_is_read(printed, &taken, since).await } };
+        let (recorded, printed) = tokio::join!(tokio::time::timeout(GRACE, recorded), printed);
         let grace = GRACE.as_secs();
         let recorded = match recorded {
             Ok(done) => done?,
@@ -113,7 +146,7 @@ impl Writer {
             }
         };
         let Some(printed) = printed else {
-            warn!("stdout was not read for {grace} s: the rest is dropped");
+            warn!("stdout was not read for {grace} s, or too slowly: the rest is dropped");
             let code = match (recorded, strict) {
                 (false, _) => preflight::exit::INCOMPLETE,
                 (true, true) => preflight::exit::UNACCOUNTED,
@@ -134,14 +167,19 @@ impl Writer {
     }
 }
 
-/// Waits for what prints the last lines; `None`: nobody reads them.
-async fn while_it_is_read<T>(mut printed: JoinHandle<T>) -> Option<Result<T, JoinError>> {
-    let began = Instant::now();
+/// Waits for what becomes of the rest, of which there is no more than that since then; `None`: nobody reads it.
+async fn while_it_is_read<T>(printed: impl Future<Output = T>, taken: &AtomicU64, since: Instant) -> Option<T> {
+    let mut printed = pin!(printed);
+    let mut before = taken.load(Ordering::Relaxed);
     loop {
-        match tokio::time::timeout(GRACE, &mut printed).await {
-            Ok(done) => return Some(done),
-            Err(_) if began.elapsed() < BUSY && takes_more() => {}
-            Err(_) => return None,
+        let within = GRACE.min(BUSY.saturating_sub(since.elapsed()));
+        if let Ok(done) = tokio::time::timeout(within, &mut printed).await {
+            return Some(done);
+        }
+        let now = taken.load(Ordering::Relaxed);
+        let goes_on = std::mem::replace(&mut before, now) != now || takes_more();
+        if !goes_on || since.elapsed() >= BUSY {
+            return None;
         }
     }
 }

@@ -208,9 +208,13 @@ fn of_all_that_ends_at_once_nothing_is_lost() {
         process.signal(Signal::INT);
         assert!(process.wait().success());
         let said = read();
-        let closes = said.lines().filter(|line| line.starts_with(r#"{"type":"close""#)).count();
+        let cookie = |line: &str| Some(line.split_once(r#""cookie":"#)?.1.split_once(',')?.0.to_owned());
+        let closes = said.lines().filter(|line| line.starts_with(r#"{"type":"close""#));
+        let sockets: HashSet<String> = closes.clone().map(|line| cookie(line).expect("a cookie")).collect();
+        let closes = closes.count();
+        assert_eq!(sockets.len(), closes, "no end is told twice");
         let summary: Value = serde_json::from_str(said.lines().last().expect("a summary")).expect("JSON");
-        expect(&summary, &json!({ "type": "summary", "closes": closes }));
+        expect(&summary, &json!({ "type": "summary", "closes": closes, "ledger": { "balanced": true } }));
         let missed = summary["lost"].as_u64().expect("a number");
         // The last ends may come a moment later, or on top of a task that the kernel hides.
         let ends = 2 * EACH * AT_ONCE;

@@ -1,6 +1,7 @@
 //! The parts with a setting of their own: many open connections, very many closes, a consumer that stalls, and rings of other sizes.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -161,12 +162,14 @@ impl Bench<'_> {
     pub(super) fn rings(&mut self) -> Result<()> {
         let mut text = format!(
             "## The size of the ring\n\n\
-             `tracer run --json --ring-size SIZE`: short connections without a pause (the least of three rounds), and then {} \
-             connections, both ends here, that all end at once.\n\n\
-             | | short: BPF ns | daemon ns | lost | at once: records | lost | resident | maps |\n\
-             | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+             `tracer run --json --ring-size SIZE`, one size after the other: short connections without a pause (costs are the \
+             least of three rounds, losses those of all), and, for another such tracer, {} connections, both ends here, that all \
+             end at once.\n\n\
+             | | short: BPF ns | daemon ns | lost | at once: records | lost | resident at most | afterwards | maps |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
             number(Some(OPEN as f64), 0)
         );
+        self.load.run(Workload::Short, 2)?;
         let mut sizes = Vec::new();
         for size in RINGS {
             eprintln!("bench: a ring of {size}");
@@ -187,24 +190,27 @@ impl Bench<'_> {
             let active = self.starter.start(Contender::Json, Reading::Lines, &["--ring-size", size])?;
             let held = Held::open(&self.load.namespace, OPEN)?;
             std::thread::sleep(SETTLE);
+            // What the start took at most is not meant.
+            fs::write(format!("/proc/{}/clear_refs", active.pid()), "5").context("the peak of resident memory")?;
             held.close()?;
             quiet(&active);
-            let (resident, maps) = (resident(active.pid())?.0, Maps::of(active.pid())?.bytes);
+            let ((resident, peak), maps) = (resident(active.pid())?, Maps::of(active.pid())?.bytes);
             let ended = active.stop(Contender::Json)?;
             let records = ended.lost + ended.closes;
             let _ = writeln!(
                 text,
-                "| {size} | {} | {} | {short_lost} | {} | {} | {} | {} |",
+                "| {size} | {} | {} | {short_lost} | {} | {} | {} | {} | {} |",
                 number(bpf, 0),
                 number(daemon, 0),
                 number(Some(records as f64), 0),
                 number(Some(ended.lost as f64), 0),
+                megabytes(peak),
                 megabytes(resident),
                 megabytes(maps),
             );
             sizes.push(json!({
                 "size": size, "bpf_ns": bpf, "daemon_ns": daemon, "lost": short_lost, "burst_records": records,
-                "burst_lost": ended.lost, "resident_bytes": resident, "map_bytes": maps,
+                "burst_lost": ended.lost, "resident_peak_bytes": peak, "resident_bytes": resident, "map_bytes": maps,
             }));
         }
         self.report.section(text);

@@ -117,15 +117,15 @@ pub(crate) const METHOD: &str = "\
 ## How it is measured
 
 nginx and its clients (wrk, curl) run in a network namespace of their own, on the same host: each connection has both of its
-ends here. Who is measured is started anew for each round, and the rounds of all are interleaved. tracer runs without a
-filter.
+ends here. Who is measured is started anew for each round, and the rounds of all are interleaved, where nothing else is said. tracer
+runs without a filter.
 
 - Costs are the least of several rounds, of which there are more for tracer, the floor and tcplife than for other peers.
 - BPF: as the kernel times the runs of its programs, which adds some 60 ns to each, to empty programs, too.
 - Daemon: what its threads ran, by the scheduler. Its stdout, like that of all, is a pipe that is read at once.
 - Throughput kept: the clients go on while one after the other is started beside them and ended; the rate of a slice of 0.7 s,
   divided by the mean of those right before and after without anything; program runs are not timed. The median, and the range.
-  The control is such a slice with nothing beside the clients, either: how far it is from 1 is the machine's doing.
+  The control is such a slice with nothing beside the clients, either: the machine's doing is at least what it is away from 1.
 - Lost: by their own account, in all rounds. Maps: what the kernel accounts to them; perf buffers are not among them.
 - Programs see the connections of the whole host: what else runs there counts, too.
 ";

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
 use super::report::{Report, number};
@@ -35,6 +35,9 @@ pub(super) fn count(report: &mut Report) -> Result<()> {
             let more = many?.checked_sub(few?).context("more runs take fewer instructions")?;
             counts.insert(step, more as f64 / (RUNS[1] - RUNS[0]) as f64);
         }
+    }
+    if counts.is_empty() {
+        bail!("no microbenchmarks were found");
     }
     let mut text = "## Steps, in instructions\n\n\
          What `cargo bench` times, in user space and the scan of a head for the host, counted by callgrind: one record, or both \
