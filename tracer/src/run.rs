@@ -226,7 +226,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
-                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_behind());
+                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_slow());
                 losses.check(&kernel, &mut outbox.events)?;
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
@@ -234,11 +234,11 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
                 ready?;
                 connections.set_clock();
                 let now = Instant::now();
-                take(&mut ring, &mut connections, now, &mut outbox, writer.is_behind());
+                take(&mut ring, &mut connections, now, &mut outbox, writer.is_slow());
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
                 // First: that a RST followed may be in the ring by now.
-                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_behind());
+                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_slow());
                 connections.poll(Instant::now(), &mut outbox.events);
             }
             _ = close_wait_check.tick(), if !full => {
@@ -263,8 +263,10 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     // One of the programs may still be at work on another CPU: until all that they have counted is here.
     let mut attempts = 100;
     let rows = loop {
-        while take(&mut ring, &mut connections, now, &mut outbox, true) {
+        let mut more = true;
+        while more {
             writer.send_last(&mut outbox.lines).await;
+            more = take(&mut ring, &mut connections, now, &mut outbox, true);
         }
         let rows = match kernel.ledger() {
             Ok(rows) => rows,

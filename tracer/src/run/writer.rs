@@ -1,6 +1,6 @@
 //! Lines in, stdout out: the thread that may be held up by whoever reads it.
 //!
-//! Lines come in chunks, through a bounded queue, and each chunk goes out in one write. The buffers come back to be filled
+//! Lines come in chunks, through a bounded queue, and each chunk goes out in few writes. The buffers come back to be filled
 //! again. Nothing is formatted here, and nothing but stdout is waited for: what an event is made of never changes threads.
 
 use std::future::Future;
@@ -28,9 +28,13 @@ const SPARE: usize = 2;
 const SPARE_MAX: usize = 1 << 20;
 /// Bytes in the pipe to whoever reads stdout: as much as anybody may ask for (`/proc/sys/fs/pipe-max-size`).
 const PIPE: libc::c_int = 1 << 20;
-/// After the end, how long the writer may take for a chunk.
+/// As long as many other processes may keep the writer from a processor.
+const MOMENT: Duration = Duration::from_secs(1);
+/// Bytes that are written at once, in whole lines: stdout has taken them, or has not.
+const PIECE: usize = 64 << 10;
+/// After the end, how long the writer may take for a piece.
 const GRACE: Duration = Duration::from_secs(2);
-/// The same, for the rest as a whole; and for a chunk, where stdout takes more: then it is the writer that is kept waiting, for a
+/// The same, for the rest as a whole; and for a piece, where stdout takes more: then it is the writer that is kept waiting, for a
 /// processor or a disk.
 const BUSY: Duration = Duration::from_secs(20);
 
@@ -39,7 +43,9 @@ pub(super) struct Writer {
     queue: mpsc::Sender<Vec<u8>>,
     spare: std_mpsc::Receiver<Vec<u8>>,
     thread: std::thread::JoinHandle<io::Result<()>>,
-    /// Chunks that stdout has taken.
+    /// Since when the queue was full whenever it was looked at.
+    full_since: Option<Instant>,
+    /// Pieces of chunks that stdout has taken.
     taken: Arc<AtomicU64>,
     /// Since when there is only the rest.
     ending_since: Option<Instant>,
@@ -74,9 +80,14 @@ impl Writer {
         let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || {
             let mut out = io::stdout().lock();
             while let Some(mut chunk) = chunks.blocking_recv() {
-                out.write_all(&chunk)?;
-                out.flush()?;
-                count.fetch_add(1, Ordering::Relaxed);
+                let mut rest = chunk.as_slice();
+                while !rest.is_empty() {
+                    let (piece, behind) = rest.split_at(whole_lines(rest));
+                    out.write_all(piece)?;
+                    out.flush()?;
+                    count.fetch_add(1, Ordering::Relaxed);
+                    rest = behind;
+                }
                 chunk.clear();
                 if chunk.capacity() <= SPARE_MAX {
                     // There may be enough of them.
@@ -85,7 +96,7 @@ impl Writer {
             }
             Ok(())
         })?;
-        Ok(Self { queue, spare, thread, taken, ending_since: None, dropping: false })
+        Ok(Self { queue, spare, thread, full_since: None, taken, ending_since: None, dropping: false })
     }
 
     /// Waits for room, and then takes the lines; leaves a buffer without any. May be dropped and called again: then none
@@ -96,9 +107,13 @@ impl Writer {
         }
     }
 
-    /// Whether more waits for stdout than it takes.
-    pub(super) fn is_behind(&self) -> bool {
-        self.queue.capacity() == 0
+    /// Whether stdout takes less than there is, and not only for a moment. To be asked whenever there are more lines.
+    pub(super) fn is_slow(&mut self) -> bool {
+        if self.queue.capacity() > 0 {
+            self.full_since = None;
+            return false;
+        }
+        self.full_since.get_or_insert_with(Instant::now).elapsed() > MOMENT
     }
 
     /// [`Writer::send`] for lines of the rest, after the end; they are dropped where nobody reads them.
@@ -167,6 +182,14 @@ impl Writer {
     }
 }
 
+/// Bytes of the first lines that are a piece; of a line that is longer, all.
+fn whole_lines(lines: &[u8]) -> usize {
+    match lines.get(..PIECE) {
+        Some(piece) => piece.iter().rposition(|byte| *byte == b'\n').map_or(lines.len(), |last| last + 1),
+        None => lines.len(),
+    }
+}
+
 /// Waits for what becomes of the rest, of which there is no more than that since then; `None`: nobody reads it.
 async fn while_it_is_read<T>(printed: impl Future<Output = T>, taken: &AtomicU64, since: Instant) -> Option<T> {
     let mut printed = pin!(printed);
@@ -189,4 +212,25 @@ fn takes_more() -> bool {
     let stdout = io::stdout();
     let mut polled = [PollFd::new(&stdout, PollFlags::OUT)];
     poll(&mut polled, Some(&Timespec::default())).is_ok() && polled[0].revents().contains(PollFlags::OUT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_whole_lines() {
+        let lines = "x".repeat(999) + "\n";
+        let lines = lines.repeat(200);
+        let (mut rest, mut pieces) = (lines.as_bytes(), 0);
+        while !rest.is_empty() {
+            let (piece, behind) = rest.split_at(whole_lines(rest));
+            assert!(piece.len() <= PIECE && piece.ends_with(b"\n"));
+            (rest, pieces) = (behind, pieces + 1);
+        }
+        assert_eq!(pieces, 4);
+        let long = [b'x'; PIECE + 10];
+        assert_eq!(whole_lines(&long), long.len(), "one line");
+        assert_eq!(whole_lines(b"a\nb"), 3, "all of what is short");
+    }
 }
