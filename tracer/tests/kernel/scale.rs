@@ -64,6 +64,22 @@ for line in sys.stdin:
     del pairs[:int(line)]
 ";
 
+/// Has `python` open that many connections on each port, all at the same time, and waits until all are open.
+fn hold(ports: &[u16], python: impl Fn() -> Command) -> Vec<Guard> {
+    let start = |port: &u16| {
+        let mut command = python();
+        command.args(["-c", HOLDER, &port.to_string(), &EACH.to_string()]);
+        Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"))
+    };
+    let mut holders: Vec<Guard> = ports.iter().map(start).collect();
+    for holder in &mut holders {
+        let mut line = String::new();
+        BufReader::new(holder.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
+        assert_eq!(line, "open\n");
+    }
+    holders
+}
+
 #[test]
 fn a_hundred_thousand_connections_open_at_once() {
     let namespace = Namespace::new("scale");
@@ -114,20 +130,11 @@ fn a_hundred_thousand_connections_open_at_once() {
             }
         });
 
-        let mut holders: Vec<Guard> = ports
-            .iter()
-            .map(|port| {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", &namespace.name, "python3", "-c", HOLDER]);
-                command.args([port.to_string(), EACH.to_string()]);
-                Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"))
-            })
-            .collect();
-        for holder in &mut holders {
-            let mut line = String::new();
-            BufReader::new(holder.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
-            assert_eq!(line, "open\n");
-        }
+        let mut holders = hold(&ports, || {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &namespace.name, "python3"]);
+            command
+        });
         assert_eq!(seen(), 0, "all are open");
         // What is open is known in the kernel only.
         let grown_kib = resident_kib(process.id()).saturating_sub(before_kib);
@@ -188,17 +195,7 @@ fn of_all_that_ends_at_once_nothing_is_lost() {
         let mut process = Guard(process.spawn().expect("it starts"));
         let read = || fs::read_to_string(output.path()).expect("UTF-8");
         wait_until("the start line", || read().ends_with('\n'));
-        let open = |port: &u16| {
-            let mut command = Command::new("python3");
-            command.args(["-c", HOLDER, &port.to_string(), &EACH.to_string()]);
-            Guard(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts"))
-        };
-        let mut holders: Vec<Guard> = ports.iter().map(open).collect();
-        for holder in &mut holders {
-            let mut line = String::new();
-            BufReader::new(holder.0.stdout.take().expect("piped")).read_line(&mut line).expect("it prints");
-            assert_eq!(line, "open\n");
-        }
+        let mut holders = hold(&ports, || Command::new("python3"));
         for holder in &holders {
             holder.signal(Signal::KILL);
         }

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use self::contender::{Active, Contender, Reading, Starter};
 use self::floor::Counting;
 use self::load::{Load, Workload};
-use self::measure::{Maps, resident};
+use self::measure::{Maps, Usage, resident};
 use self::report::{Budget, Figures, METHOD, Report, lower};
 use crate::bpf::Types;
 use crate::workspace;
@@ -217,11 +217,8 @@ impl<'a> Bench<'a> {
         for round in 0..plan.iter().map(|(_, timed, _)| *timed).max().unwrap_or(0) {
             for (contender, ..) in plan.iter().filter(|(_, timed, _)| round < *timed) {
                 let Some(active) = self.start(workload, *contender)? else { continue };
-                let before = active.usage()?;
-                let done = self.load.run(workload, 2)?;
-                std::thread::sleep(SETTLE);
-                let usage = active.usage()?.since(&before);
-                let each = |n: u64| n as f64 / done.operations as f64;
+                let ([usage], operations) = self.round(workload, [&active])?;
+                let each = |n: u64| n as f64 / operations as f64;
                 let (bpf, daemon) = (each(usage.runs().ns), each(usage.cpu_ns));
                 let figures = self.figures.entry((workload, *contender)).or_default();
                 lower(&mut figures.daemon_ns, daemon);
@@ -235,6 +232,21 @@ impl<'a> Bench<'a> {
             }
         }
         Ok(())
+    }
+
+    /// What contenders that are active at once use while the load runs for two seconds, and how many operations that were.
+    fn round<const N: usize>(&self, workload: Workload, active: [&Active; N]) -> Result<([Usage; N], u64)> {
+        let mut used = Vec::with_capacity(N);
+        for active in active {
+            used.push(active.usage()?);
+        }
+        let done = self.load.run(workload, 2)?;
+        std::thread::sleep(SETTLE);
+        for (active, used) in active.into_iter().zip(&mut used) {
+            *used = active.usage()?.since(used);
+        }
+        let used = used.try_into().ok().context("one for each")?;
+        Ok((used, done.operations))
     }
 
     /// How much of the throughput is kept, program runs not timed. The clients go on all the while: contenders come and go beside

@@ -139,11 +139,8 @@ impl Bench<'_> {
     fn level(&self, name: String, active: &Active, floor: &Active) -> Result<Level> {
         let (mut bpf, mut empty, mut daemon) = (None, None, None);
         for _ in 0..ROUNDS {
-            let before = (active.usage()?, floor.usage()?);
-            let done = self.load.run(Workload::Short, 2)?;
-            std::thread::sleep(SETTLE);
-            let (usage, floor) = (active.usage()?.since(&before.0), floor.usage()?.since(&before.1));
-            let each = |n: u64| n as f64 / done.operations as f64;
+            let ([usage, floor], operations) = self.round(Workload::Short, [active, floor])?;
+            let each = |n: u64| n as f64 / operations as f64;
             let ns = |usage: &Usage| each(usage.runs().ns);
             lower(&mut bpf, ns(&usage));
             lower(&mut empty, ns(&floor));
@@ -178,12 +175,9 @@ impl Bench<'_> {
             {
                 let _counting = Counting::start()?;
                 for _ in 0..3 {
-                    let before = active.usage()?;
-                    let done = self.load.run(Workload::Short, 2)?;
-                    std::thread::sleep(SETTLE);
-                    let usage = active.usage()?.since(&before);
-                    lower(&mut bpf, usage.runs().ns as f64 / done.operations as f64);
-                    lower(&mut daemon, usage.cpu_ns as f64 / done.operations as f64);
+                    let ([usage], operations) = self.round(Workload::Short, [&active])?;
+                    lower(&mut bpf, usage.runs().ns as f64 / operations as f64);
+                    lower(&mut daemon, usage.cpu_ns as f64 / operations as f64);
                 }
             }
             let short_lost = active.stop(Contender::Json)?.lost;
