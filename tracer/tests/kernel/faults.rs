@@ -300,6 +300,9 @@ fn a_stdout_that_is_closed_from_the_beginning() {
     let mut process = Guard(command.spawn().expect("it starts"));
     wait_until("it to trace", || fs::metadata(&recording).is_ok_and(|meta| meta.len() > 16));
     traffic(&listener, 2);
+    // A child that another test starts may hold one of the sockets for a moment longer.
+    let is_close = |event: &&Value| event["type"] == "close";
+    wait_until("all closes", || report(&recording).0.iter().filter(is_close).count() == 4);
     process.signal(Signal::INT);
     assert_eq!(process.wait().code(), Some(0));
     let (events, code, said) = report(&recording);
@@ -542,6 +545,10 @@ fn two_at_once_see_the_same() {
             // Each looks at the clocks by itself, and may be asked at another moment what is left.
             for field in ["time", "states", "duration_us", "idle_us", "final_source"] {
                 close.as_object_mut().expect("an object").remove(field);
+            }
+            // A child that another test starts, and that may be gone when one of them looks it up.
+            if let Some(closer) = close["closer"].as_object_mut() {
+                closer.retain(|field, _| !["exe", "cgroup"].contains(&field.as_str()));
             }
             (close["cookie"].as_u64().expect("a cookie"), close)
         });
