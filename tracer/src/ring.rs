@@ -102,13 +102,10 @@ impl Ring {
             count += 1;
         }
         if count == self.batch {
-            while !leave
-                && self.backlog.has_room()
-                && let Some(item) = ring.next()
-            {
-                self.backlog.push(&item);
-            }
             self.look_at = Some(Instant::now());
+            if !leave {
+                self.set_aside();
+            }
         } else if count > 0 {
             let unwoken = u64::try_from(UNWOKEN.as_nanos()).unwrap_or(0);
             // Where that fails there are more wake-ups, and no more harm than that.
@@ -123,5 +120,17 @@ impl Ring {
             self.look_at = Some(self.settled_at);
         }
         count == self.batch
+    }
+
+    /// Copies what is there out of the ring; [`Ring::drain`] passes it on later.
+    pub fn set_aside(&mut self) {
+        let ring = self.ring.get_mut();
+        while self.backlog.has_room()
+            && let Some(item) = ring.next()
+        {
+            self.backlog.push(&item);
+        }
+        // What waits there wakes nobody.
+        self.look_at = Some(Instant::now());
     }
 }

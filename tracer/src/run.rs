@@ -70,6 +70,9 @@ pub struct Options {
 /// How often losses are looked for.
 const LOSS_CHECK: Duration = Duration::from_secs(1);
 
+/// How often records are set aside while there is no room in the queue: a small ring is full after a few milliseconds.
+const SET_ASIDE: Duration = Duration::from_millis(2);
+
 /// Traces until a signal, the end of the duration, or a closed stdout.
 ///
 /// # Errors
@@ -198,8 +201,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
         if std::mem::take(&mut outbox.has_passed) && records {
             flush_at = flush_at.or_else(|| Some(Instant::now() + record::FLUSH_AFTER));
         }
-        // Room in the queue first: without it nothing is read, and records wait in the ring buffer.
+        // Room in the queue first: without it no record is dealt with. For a moment they are set aside, then they wait in the ring.
         let full = !outbox.lines.is_empty();
+        let set_aside = full && !writer.is_slow();
         let poll_at = connections.next_poll();
         tokio::select! {
             biased;
@@ -211,6 +215,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             () = writer.ended() => break Ok(()),
             // That it has ended is seen above.
             () = writer.send(&mut outbox.lines), if full => {}
+            () = tokio::time::sleep(SET_ASIDE), if set_aside => ring.set_aside(),
             _ = summary_wanted.recv(), if !full => {
                 let ledger = outbox.books.ledger(&kernel, &connections);
                 ask = Some((reporter::Ask::Now, moment(losses.missed, &sockstat, ledger)));
