@@ -80,7 +80,12 @@ impl Ring {
     /// Waiting failed.
     pub async fn ready(&mut self) -> io::Result<()> {
         if let Some(at) = self.look_at {
-            tokio::time::sleep_until(at).await;
+            if at <= Instant::now() {
+                // The shortest sleep takes a millisecond.
+                tokio::task::yield_now().await;
+            } else {
+                tokio::time::sleep_until(at).await;
+            }
             self.look_at = None;
         } else {
             self.ring.readable().await?.clear_ready();

@@ -1,8 +1,8 @@
 //! `tracer run`: wires the steps together and ends them in order.
 //!
 //! Two threads. This one reads the ring buffer and turns records into lines, in [`outbox`]; the other, in [`writer`], writes them. Between
-//! them is a bounded queue: when stdout is not read, this thread stops reading, the ring buffer fills, and the programs
-//! count what they lose. The traced host is never blocked, and a signal is always heard.
+//! them is a bounded queue: when stdout is not read, this thread stops reading, a second later at most, the ring buffer fills, and
+//! the programs count what they lose. The traced host is never blocked, and a signal is always heard.
 
 mod outbox;
 mod writer;
@@ -71,7 +71,10 @@ pub struct Options {
 const LOSS_CHECK: Duration = Duration::from_secs(1);
 
 /// How often records are set aside while there is no room in the queue: a small ring is full after a few milliseconds.
-const SET_ASIDE: Duration = Duration::from_millis(2);
+const SET_ASIDE: Duration = Duration::from_millis(1);
+
+/// How long connections that are due wait for all records to be read, where there are always more.
+const OVERDUE: Duration = Duration::from_secs(1);
 
 /// Traces until a signal, the end of the duration, or a closed stdout.
 ///
@@ -231,20 +234,16 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
-                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_slow());
+                look(&mut ring, &mut connections, &mut outbox, writer.is_slow());
                 losses.check(&kernel, &mut outbox.events)?;
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
             ready = ring.ready(), if !full => {
                 ready?;
-                connections.set_clock();
-                let now = Instant::now();
-                take(&mut ring, &mut connections, now, &mut outbox, writer.is_slow());
+                look(&mut ring, &mut connections, &mut outbox, writer.is_slow());
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
-                // First: that a RST followed may be in the ring by now.
-                take(&mut ring, &mut connections, Instant::now(), &mut outbox, writer.is_slow());
-                connections.poll(Instant::now(), &mut outbox.events);
+                look(&mut ring, &mut connections, &mut outbox, writer.is_slow());
             }
             _ = close_wait_check.tick(), if !full => {
                 match kernel.look_for_close_wait() {
@@ -381,6 +380,18 @@ impl Books {
 /// not reported much later. A host with very many has them looked at less often.
 fn close_wait_period(after: Duration) -> Duration {
     (after / 10).clamp(Duration::from_millis(100), Duration::from_secs(5))
+}
+
+/// Moves a batch of records on, and asks for the connections that are due. `leave`: see [`Ring::drain`].
+fn look(ring: &mut Ring, connections: &mut Connections, outbox: &mut Outbox, leave: bool) {
+    connections.set_clock();
+    let more = take(ring, connections, Instant::now(), outbox, leave);
+    let now = Instant::now();
+    // That a RST followed may be in the records that are still to be read.
+    let since = if more { OVERDUE } else { Duration::ZERO };
+    if connections.next_poll().is_some_and(|at| at + since <= now) {
+        connections.poll(now, &mut outbox.events);
+    }
 }
 
 /// Moves a batch of records on; answers whether there may be more. `leave`: see [`Ring::drain`].

@@ -182,15 +182,15 @@ impl Writer {
     }
 }
 
-/// Bytes of the first lines that are a piece; of a line that is longer, all.
+/// Bytes of the first lines that are a piece; of the first line, if it is longer.
 fn whole_lines(lines: &[u8]) -> usize {
-    match lines.get(..PIECE) {
-        Some(piece) => piece.iter().rposition(|byte| *byte == b'\n').map_or(lines.len(), |last| last + 1),
-        None => lines.len(),
-    }
+    let Some((piece, behind)) = lines.split_at_checked(PIECE) else { return lines.len() };
+    let is_end = |byte: &u8| *byte == b'\n';
+    let end = piece.iter().rposition(is_end).or_else(|| Some(PIECE + behind.iter().position(is_end)?));
+    end.map_or(lines.len(), |last| last + 1)
 }
 
-/// Waits for what becomes of the rest, of which there is no more than that since then; `None`: nobody reads it.
+/// Waits until the rest is `printed`, which began at `since`; `None`: nobody reads it.
 async fn while_it_is_read<T>(printed: impl Future<Output = T>, taken: &AtomicU64, since: Instant) -> Option<T> {
     let mut printed = pin!(printed);
     let mut before = taken.load(Ordering::Relaxed);
@@ -231,6 +231,7 @@ mod tests {
         assert_eq!(pieces, 4);
         let long = [b'x'; PIECE + 10];
         assert_eq!(whole_lines(&long), long.len(), "one line");
+        assert_eq!(whole_lines(&[&long[..], b"\nb\n"].concat()), long.len() + 1, "the first one");
         assert_eq!(whole_lines(b"a\nb"), 3, "all of what is short");
     }
 }
