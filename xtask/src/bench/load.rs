@@ -142,7 +142,6 @@ fn parse(said: &str) -> Option<Done> {
 /// Processes that hold connections open, each of them to itself.
 pub(crate) struct Held {
     holders: Vec<Child>,
-    pub(crate) connections: u64,
 }
 
 impl Held {
@@ -150,7 +149,7 @@ impl Held {
     pub(crate) fn open(namespace: &Namespace, connections: u64) -> Result<Self> {
         let files = getrlimit(Resource::Nofile).maximum.unwrap_or(20_000).min(20_000);
         let each = (files - 100) / 2;
-        let mut held = Self { holders: Vec::new(), connections };
+        let mut held = Self { holders: Vec::new() };
         let (mut left, mut port) = (connections, 10_000);
         while left > 0 {
             let count = left.min(each);

@@ -129,6 +129,11 @@ pub(crate) fn resident(pid: u32) -> Result<(u64, u64)> {
     Ok((kib("VmRSS")? << 10, kib("VmHWM")? << 10))
 }
 
+/// From now on the peak of [`resident`] is that of what comes.
+pub(crate) fn forget_peak(pid: u32) -> Result<()> {
+    fs::write(format!("/proc/{pid}/clear_refs"), "5").context("the peak of resident memory")
+}
+
 /// Packets of the loopback device in the network namespace of a process, as TCP hands them over: large ones count once.
 pub(crate) fn packets(pid: u32) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/net/dev"))?;

@@ -1,16 +1,15 @@
 //! The parts with a setting of their own: many open connections, very many closes, a consumer that stalls, and rings of other sizes.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::contender::{Active, Contender, Reading};
 use super::floor::Counting;
 use super::load::{Held, PORT, Workload};
-use super::measure::{Maps, Sockets, Usage, resident};
+use super::measure::{Maps, Sockets, forget_peak, resident};
 use super::report::{Budget, lower, megabytes, number};
 use super::{Bench, OPEN, SETTLE};
 
@@ -18,12 +17,18 @@ use super::{Bench, OPEN, SETTLE};
 const CLOSES: u64 = 5_000_000;
 /// They must have come by then.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
-/// Rounds with as many connections open, of which the one counts that is least disturbed.
+/// Rounds of each kind, of which the one counts that is least disturbed.
 const ROUNDS: u32 = 12;
+/// Their parts, with many connections open and with few in turn: what else the machine does is then the same for both.
+const TURNS: u32 = 4;
+/// Open connections, where they are few.
+const FEW: u64 = 100;
 /// A cost is flat if it grows by no more.
 const FLAT: f64 = 1.25;
 /// How long nobody reads.
 const STALL: Duration = Duration::from_secs(30);
+/// What may be resident meanwhile: what may be set aside for a moment (64 MiB), and what tracer may have at all.
+const STALLED_MB: f64 = 100.0;
 /// Sizes of the ring that are compared.
 const RINGS: [&str; 5] = ["256K", "1M", "4M", "16M", "64M"];
 
@@ -71,17 +76,25 @@ impl Bench<'_> {
     pub(super) fn scale(&mut self) -> Result<()> {
         let _counting = Counting::start()?;
         let active = self.starter.start(Contender::Text, Reading::Lines, &[])?;
-        // At the same time, and so equally slow or fast.
-        let floor = self.starter.start(Contender::Floor, Reading::Lines, &[])?;
         self.load.run(Workload::Short, 3)?;
+        let begun = self.beside_a_new_one(&active)?;
         let mut levels = Vec::new();
-        for open in [100, 10_000, OPEN] {
+        let floor = self.starter.start(Contender::Floor, Reading::Lines, &[])?;
+        for open in [10_000, OPEN] {
             eprintln!("bench: {open} open connections");
-            let held = Held::open(&self.load.namespace, open)?;
-            levels.push(self.level(format!("{} open", number(Some(held.connections as f64), 0)), &active, &floor)?);
-            held.close()?;
-            quiet(&active);
+            let (mut few, mut many) = (Cost::default(), Cost::default());
+            for _ in 0..TURNS {
+                for (connections, cost) in [(FEW, &mut few), (open, &mut many)] {
+                    let held = Held::open(&self.load.namespace, connections)?;
+                    self.lower(cost, ROUNDS / TURNS, &active, &floor)?;
+                    held.close()?;
+                    quiet(&active);
+                }
+            }
+            let name = |connections: u64| format!("{} open", number(Some(connections as f64), 0));
+            levels.push(((name(FEW), few), (name(open), many)));
         }
+        drop(floor);
         let deadline = Instant::now() + PATIENCE;
         while active.lines() < CLOSES {
             eprintln!("bench: {} closes", active.lines());
@@ -90,69 +103,70 @@ impl Bench<'_> {
                 bail!("only {} closes in {PATIENCE:?}", active.lines());
             }
         }
-        let held = Held::open(&self.load.namespace, 100)?;
-        levels.push(self.level("100 open, after 5 million closes".to_owned(), &active, &floor)?);
-        held.close()?;
+        let after = self.beside_a_new_one(&active)?;
+        levels.push((("just started".to_owned(), begun), ("after 5 million closes".to_owned(), after)));
         let ended = active.stop(Contender::Text)?;
 
         let mut text = format!(
             "## Scale\n\n\
-             Costs of one short connection, both ends, the least of {ROUNDS} rounds, while other connections are open. The empty \
-             programs are attached at the same time.\n\n\
-             | | BPF ns | empty programs ns | daemon ns | resident |\n| --- | ---: | ---: | ---: | ---: |\n"
+             Costs of one short connection, both ends, the least of {ROUNDS} rounds. With many other connections open and with few, in \
+             turn, beside empty programs; and at the beginning and after very many closes, each beside another tracer that was just \
+             started: what is attached second finds in the caches what the first has fetched.\n\n\
+             | | BPF ns | daemon ns | beside it: BPF ns | daemon ns | resident |\n| --- | ---: | ---: | ---: | ---: | ---: |\n"
         );
-        for level in &levels {
-            let _ = writeln!(
-                text,
-                "| {} | {:.0} | {:.0} | {:.0} | {} |",
-                level.name,
-                level.bpf_ns,
-                level.floor_ns,
-                level.daemon_ns,
-                megabytes(level.resident)
-            );
+        let mut seen = Vec::new();
+        for (few, many) in &levels {
+            for (name, cost) in [few, many] {
+                let _ = writeln!(
+                    text,
+                    "| {name} | {} | {} | {} | {} | {} |",
+                    number(cost.bpf_ns, 0),
+                    number(cost.daemon_ns, 0),
+                    number(cost.beside_bpf_ns, 0),
+                    number(cost.beside_daemon_ns, 0),
+                    megabytes(cost.resident)
+                );
+                seen.push(json!({
+                    "level": name, "bpf_ns": cost.bpf_ns, "daemon_ns": cost.daemon_ns, "beside_bpf_ns": cost.beside_bpf_ns,
+                    "beside_daemon_ns": cost.beside_daemon_ns, "resident_bytes": cost.resident,
+                }));
+            }
+            let ((few_name, few), (name, many)) = (few, many);
+            let grown = |what: fn(&Cost) -> Option<f64>| Some(what(many)? / what(few)?);
+            let what = |what: &str| format!("{name}: {what}, times that of: {few_name}");
+            self.report.budget(Budget::at_most(what("BPF"), grown(Cost::bpf), FLAT, 2));
+            self.report.budget(Budget::at_most(what("daemon"), grown(Cost::daemon), FLAT, 2));
         }
-        let _ = writeln!(text, "\nLost, with all that end at once: {}.", ended.lost);
+        let _ = writeln!(text, "\nLost, also of those that end at once: {}.", ended.lost);
         self.report.section(text);
-        let first = levels.first().context("no level")?;
-        let relative = |level: &Level| level.bpf_ns / level.floor_ns;
-        for level in levels.iter().skip(1) {
-            let what = |what: &str| format!("{}: {what}, times that with 100 open", level.name);
-            self.report.budget(Budget::at_most(
-                what("BPF against the floor"),
-                Some(relative(level) / relative(first)),
-                FLAT,
-                2,
-            ));
-            self.report.budget(Budget::at_most(what("daemon"), Some(level.daemon_ns / first.daemon_ns), FLAT, 2));
-        }
-        let seen = levels.iter().map(|level| {
-            json!({
-                "level": level.name, "bpf_ns": level.bpf_ns, "floor_ns": level.floor_ns, "daemon_ns": level.daemon_ns,
-                "resident_bytes": level.resident,
-            })
-        });
-        self.report.value("scale", seen.collect());
+        self.report.value("scale", seen.into());
         Ok(())
     }
 
-    fn level(&self, name: String, active: &Active, floor: &Active) -> Result<Level> {
-        let (mut bpf, mut empty, mut daemon) = (None, None, None);
-        for _ in 0..ROUNDS {
-            let ([usage, floor], operations) = self.round(Workload::Short, [active, floor])?;
+    /// What one costs beside another that is just started.
+    fn beside_a_new_one(&self, active: &Active) -> Result<Cost> {
+        let new = self.starter.start(Contender::Text, Reading::Lines, &[])?;
+        let mut cost = Cost::default();
+        self.lower(&mut cost, ROUNDS, active, &new)?;
+        new.stop(Contender::Text)?;
+        Ok(cost)
+    }
+
+    /// As many more rounds.
+    fn lower(&self, cost: &mut Cost, rounds: u32, active: &Active, beside: &Active) -> Result<()> {
+        for _ in 0..rounds {
+            let ([used, other], operations) = self.round(Workload::Short, [active, beside])?;
             let each = |n: u64| n as f64 / operations as f64;
-            let ns = |usage: &Usage| each(usage.runs().ns);
-            lower(&mut bpf, ns(&usage));
-            lower(&mut empty, ns(&floor));
-            lower(&mut daemon, each(usage.cpu_ns));
+            lower(&mut cost.bpf_ns, each(used.runs().ns));
+            lower(&mut cost.daemon_ns, each(used.cpu_ns));
+            lower(&mut cost.beside_bpf_ns, each(other.runs().ns));
+            // Empty programs have none.
+            if other.cpu_ns > 0 {
+                lower(&mut cost.beside_daemon_ns, each(other.cpu_ns));
+            }
         }
-        Ok(Level {
-            name,
-            bpf_ns: bpf.context("no round")?,
-            floor_ns: empty.context("no round")?,
-            daemon_ns: daemon.context("no round")?,
-            resident: resident(active.pid())?.0,
-        })
+        cost.resident = resident(active.pid())?.0;
+        Ok(())
     }
 
     /// What the size of the ring is worth: at the highest rate of short connections, and when very many connections end at once.
@@ -185,7 +199,7 @@ impl Bench<'_> {
             let held = Held::open(&self.load.namespace, OPEN)?;
             std::thread::sleep(SETTLE);
             // What the start took at most is not meant.
-            fs::write(format!("/proc/{}/clear_refs", active.pid()), "5").context("the peak of resident memory")?;
+            forget_peak(active.pid())?;
             held.close()?;
             quiet(&active);
             let ((resident, peak), maps) = (resident(active.pid())?, Maps::of(active.pid())?.bytes);
@@ -223,12 +237,14 @@ impl Bench<'_> {
         let before = Sockets::of(self.load.pid())?;
         let mut active = self.starter.start(Contender::Json, Reading::Stalled, &filter)?;
         let (resident_before, _) = resident(active.pid())?;
+        // What the start took at most is not meant.
+        forget_peak(active.pid())?;
         let began = Instant::now();
-        let (mut rates, mut most) = (Vec::new(), 0);
+        let mut rates = Vec::new();
         while began.elapsed() < STALL {
             rates.push(self.load.run(Workload::Short, 5)?.rate());
-            most = most.max(resident(active.pid())?.0);
         }
+        let (_, most) = resident(active.pid())?;
         let stalled = began.elapsed();
         let stuck = active.lines();
         active.read();
@@ -281,6 +297,7 @@ impl Bench<'_> {
         for budget in [
             Budget::at_most("stall: sockets neither printed nor counted as lost", Some(unaccounted as f64), 0.0, 0),
             Budget::at_least("stall: lines after it", Some((after - resumed) as f64), 1.0, 0),
+            Budget::at_most("stall: resident at most, MB", Some(most as f64 / 1e6), STALLED_MB, 1),
         ] {
             self.report.budget(budget);
         }
@@ -308,12 +325,28 @@ impl Bench<'_> {
     }
 }
 
-struct Level {
-    name: String,
-    bpf_ns: f64,
-    floor_ns: f64,
-    daemon_ns: f64,
+/// Of a short connection, the least of several rounds; and of what ran beside it, in the same ones.
+#[derive(Default)]
+struct Cost {
+    bpf_ns: Option<f64>,
+    daemon_ns: Option<f64>,
+    beside_bpf_ns: Option<f64>,
+    /// `None`: it has no process.
+    beside_daemon_ns: Option<f64>,
+    /// Bytes.
     resident: u64,
+}
+
+impl Cost {
+    /// As a multiple of what ran beside it.
+    fn bpf(&self) -> Option<f64> {
+        Some(self.bpf_ns? / self.beside_bpf_ns?)
+    }
+
+    /// The same, if that has a daemon.
+    fn daemon(&self) -> Option<f64> {
+        Some(self.daemon_ns? / self.beside_daemon_ns.unwrap_or(1.0))
+    }
 }
 
 /// Waits until no more lines come, or for a while only: other connections of the host may make some.
