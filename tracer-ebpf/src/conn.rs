@@ -11,8 +11,8 @@ use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_delete, b
 use aya_ebpf::macros::btf_map;
 use tracer_ebpf::head::{self, EGRESS, Http, INGRESS, clamp};
 use tracer_ebpf::{
-    NAMESPACES, PREFIXES, Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, kind, pack_state,
-    unpack_state,
+    NAMESPACES, PORT_WORDS, PREFIXES, Record, STATES, TICK_NS, Task, WAKEUP_NS, counter, filter, flag, kind,
+    pack_state, unpack_state,
 };
 
 use crate::sock::{self, tcp};
@@ -110,9 +110,10 @@ static LOOKS_UNTIL: Array<u64, 1> = Array::new();
 /// The processes asked for and their descendants: process id to start time in [`TICK_NS`]. How many find room user space says.
 #[btf_map]
 pub(crate) static PIDS: HashMap<u32, u64, 1> = HashMap::new();
-/// The ports asked for.
-#[btf_map]
-static PORTS: HashMap<u16, u8, 1024> = HashMap::new();
+/// The ports asked for, a bit for each; overridden before the load. No map: to ask one for both ports of each packet costs more than all
+/// else that is done with a packet that does not pass.
+#[unsafe(no_mangle)]
+static PORTS: [u64; PORT_WORDS] = [0; PORT_WORDS];
 /// The process names asked for.
 #[btf_map]
 static COMMS: HashMap<[u8; 16], u8, 256> = HashMap::new();
@@ -306,7 +307,15 @@ pub(crate) fn pid_asked(task: &Task) -> bool {
 /// Whether the ports pass `--port`.
 #[inline(always)]
 pub(crate) fn port_passes(local: u16, remote: u16) -> bool {
-    sock::config_filters() & filter::PORT == 0 || PORTS.get_ptr(local).is_some() || PORTS.get_ptr(remote).is_some()
+    sock::config_filters() & filter::PORT == 0 || port_asked(local) || port_asked(remote)
+}
+
+#[inline(always)]
+fn port_asked(port: u16) -> bool {
+    let word = clamp::<{ PORT_WORDS as i32 - 1 }>(u64::from(port) / 64) as usize;
+    // SAFETY: `word` is below `PORT_WORDS`.
+    let word = sock::frozen(unsafe { &*(&raw const PORTS).cast::<u64>().add(word) });
+    word >> (port % 64) & 1 != 0
 }
 
 /// The filters by address and network namespace. A connection's are known before anything else is, and never change: what

@@ -294,7 +294,7 @@ wire! {
 pub mod filter {
     /// Only sockets whose owner or closer is in the `PIDS` map.
     pub const PID: u32 = 1 << 0;
-    /// Only sockets whose local or remote port is in the `PORTS` map.
+    /// Only sockets whose local or remote port is in `PORTS`.
     pub const PORT: u32 = 1 << 1;
     /// Only sockets whose owner or closer has a `comm` that is in the `COMMS` map.
     pub const COMM: u32 = 1 << 2;
@@ -306,6 +306,8 @@ pub mod filter {
     pub const NETNS: u32 = 1 << 5;
 }
 
+/// Words of `PORTS`, which has a bit for each port.
+pub const PORT_WORDS: usize = (1 << 16) / 64;
 /// Entries of the `PEERS` and `LOCALS` maps, each.
 pub const PREFIXES: usize = 1024;
 /// Entries of the `NETNS` map.

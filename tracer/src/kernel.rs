@@ -17,7 +17,7 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use log::{Log, debug};
-use tracer_ebpf::{Config, book, counter, filter};
+use tracer_ebpf::{Config, PORT_WORDS, book, counter, filter};
 
 use crate::decode::Blind;
 use crate::descendants;
@@ -276,16 +276,20 @@ impl<'a> Object<'a> {
             clear_stack: (!preflight::reads_any_stack()).into(),
             _pad: 0,
         };
+        let mut ports = [0u64; PORT_WORDS];
+        for port in ask.ports.iter().copied() {
+            ports[usize::from(port / 64)] |= 1 << (port % 64);
+        }
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
+            .override_global("PORTS", bytemuck::bytes_of(&ports), true)
             .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .map_max_entries("RING", ask.ring_bytes)
             .map_max_entries("PIDS", if ask.pids.is_empty() { 1 } else { ask.most_processes })
             .load(OBJECT)
             .context("cannot create the maps of the kernel programs")?;
-        fill(&mut ebpf, "PORTS", &ask.ports.iter().map(|port| (*port, 1u8)).collect::<Vec<_>>())?;
         fill(&mut ebpf, "NETNS", &ask.netns.iter().map(|netns| (*netns, 1u8)).collect::<Vec<_>>())?;
         fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
         fill_prefixes(&mut ebpf, "LOCALS", &ask.locals)?;
