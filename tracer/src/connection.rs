@@ -23,6 +23,8 @@ const HELD: usize = 8192;
 const QUESTIONS: usize = 256;
 /// The first question after the one at the end of the socket; each later one waits twice as long, up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(10);
+/// How long at most a question is put off because there are still records to be read.
+const OVERDUE: Duration = Duration::from_secs(1);
 /// How long a TIME_WAIT socket lives (`TCP_TIMEWAIT_LEN`).
 const TIME_WAIT: Duration = Duration::from_secs(60);
 /// Well within [`TIME_WAIT`], so that none is missed.
@@ -236,16 +238,19 @@ impl Connections {
         self.held.iter().map(|held| held.next).chain(self.release_at).min()
     }
 
-    /// Asks again for the connections that are due.
-    pub fn poll(&mut self, now: Instant, out: &mut Vec<Event>) {
+    /// Asks again for the connections that are due. Where there is `more` to be read, that a RST followed may be among it.
+    pub fn poll(&mut self, now: Instant, more: bool, out: &mut Vec<Event>) {
         let mut questions = QUESTIONS;
         for _ in 0..self.held.len() {
-            let Some(held) = self.held.pop_front() else { break };
-            if held.next <= now && questions > 0 {
+            let Some(mut held) = self.held.pop_front() else { break };
+            if held.next > now || questions == 0 {
+                self.held.push_back(held);
+            } else if held.awaits_reset && more && now < held.seen + OVERDUE {
+                held.next = now + FIRST;
+                self.held.push_back(held);
+            } else {
                 questions -= 1;
                 self.ask(held, now, out);
-            } else {
-                self.held.push_back(held);
             }
         }
         if self.release_at.is_some_and(|at| at <= now) {
@@ -486,6 +491,30 @@ mod tests {
             let told = (close.cookie, close.fate, close.fate_source);
             assert_eq!(told, (cookie, Some(Final::FinWait2), Some(FinalSource::Inferred)));
         }
+    }
+
+    /// The end of a socket that was closed with unread data: its RST may come behind it.
+    #[test]
+    fn a_reset_is_waited_for_as_long_as_there_is_more_to_be_read() {
+        let polled = |more: &[bool], pause: Duration| {
+            let sock_diag = SockDiag::scripted(std::iter::repeat_n(Answer::Gone, 2));
+            let mut connections = Connections::new(Processes::new(), sock_diag, false);
+            let (mut now, mut out) = (Instant::now(), Vec::new());
+            connections.fact(half_closed(1), now, &mut out);
+            for more in more {
+                assert_eq!(out.len(), 0);
+                now += pause;
+                assert!(connections.next_poll().is_some_and(|at| at <= now));
+                connections.poll(now, *more, &mut out);
+            }
+            let told = out.len();
+            connections.fact(Fact::ResetAfterEnd { cookie: 1 }, now, &mut out);
+            let Some(Event::Close(close)) = out.first() else { panic!("{out:?}") };
+            (told, close.fate)
+        };
+        assert_eq!(polled(&[true, true, true], FIRST), (0, Some(Final::Reset)));
+        assert_eq!(polled(&[true, true, false], FIRST).0, 1);
+        assert_eq!(polled(&[true, true], OVERDUE / 2).0, 1, "not for ever");
     }
 
     #[test]

@@ -147,7 +147,7 @@ pub fn records(data: &[u8]) {
         }
         connections.fact(fact, now, &mut events);
         now += [0, 5, 1_000, 120_000].map(Duration::from_millis)[usize::from(byte >> 6)];
-        connections.poll(now, &mut events);
+        connections.poll(now, byte & 1 != 0, &mut events);
     }
     connections.finish(now, &mut events);
     assert_eq!(connections.ends(), (ended as u64, 0), "the books say so, too");

@@ -244,6 +244,15 @@ pub fn hooks(with_pids: bool) -> Vec<Hook> {
     pid_hooks.iter().chain(&HOOKS).cloned().collect()
 }
 
+/// A bit for each port.
+fn port_bits(ports: &[u16]) -> [u64; PORT_WORDS] {
+    let mut bits = [0; PORT_WORDS];
+    for port in ports {
+        bits[usize::from(port / 64)] |= 1 << (port % 64);
+    }
+    bits
+}
+
 /// The programs and their maps, created but not yet loaded, and where they go.
 struct Object<'a> {
     ebpf: Ebpf,
@@ -276,14 +285,10 @@ impl<'a> Object<'a> {
             clear_stack: (!preflight::reads_any_stack()).into(),
             _pad: 0,
         };
-        let mut ports = [0u64; PORT_WORDS];
-        for port in ask.ports.iter().copied() {
-            ports[usize::from(port / 64)] |= 1 << (port % 64);
-        }
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
-            .override_global("PORTS", bytemuck::bytes_of(&ports), true)
+            .override_global("PORTS", bytemuck::bytes_of(&port_bits(&ask.ports)), true)
             .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .map_max_entries("RING", ask.ring_bytes)
@@ -640,5 +645,22 @@ fn run_walk(mut walk: File) -> Result<()> {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_port_has_its_bit() {
+        let set = |ports: &[u16]| -> Vec<u16> {
+            let bits = port_bits(ports);
+            (0..=u16::MAX).filter(|port| bits[usize::from(port >> 6)] & 1 << (port & 63) != 0).collect()
+        };
+        for ports in [&[][..], &[80], &[0, 63, 64, 127, 128, 8080, u16::MAX - 1, u16::MAX]] {
+            assert_eq!(set(ports), ports);
+        }
+        assert_eq!(set(&[443, 443, 80]), [80, 443]);
     }
 }

@@ -73,9 +73,6 @@ const LOSS_CHECK: Duration = Duration::from_secs(1);
 /// How often records are set aside while there is no room in the queue: a small ring is full after a few milliseconds.
 const SET_ASIDE: Duration = Duration::from_millis(1);
 
-/// How long connections that are due wait for all records to be read, where there are always more.
-const OVERDUE: Duration = Duration::from_secs(1);
-
 /// Traces until a signal, the end of the duration, or a closed stdout.
 ///
 /// # Errors
@@ -234,16 +231,16 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             // Before the ring: alerts are for when there is always something in it.
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
-                look(&mut ring, &mut connections, &mut outbox, writer.is_slow());
+                look(&mut ring, &mut connections, &mut outbox, poll_at, writer.is_slow());
                 losses.check(&kernel, &mut outbox.events)?;
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
             ready = ring.ready(), if !full => {
                 ready?;
-                look(&mut ring, &mut connections, &mut outbox, writer.is_slow());
+                look(&mut ring, &mut connections, &mut outbox, poll_at, writer.is_slow());
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
-                look(&mut ring, &mut connections, &mut outbox, writer.is_slow());
+                look(&mut ring, &mut connections, &mut outbox, poll_at, writer.is_slow());
             }
             _ = close_wait_check.tick(), if !full => {
                 match kernel.look_for_close_wait() {
@@ -382,15 +379,14 @@ fn close_wait_period(after: Duration) -> Duration {
     (after / 10).clamp(Duration::from_millis(100), Duration::from_secs(5))
 }
 
-/// Moves a batch of records on, and asks for the connections that are due. `leave`: see [`Ring::drain`].
-fn look(ring: &mut Ring, connections: &mut Connections, outbox: &mut Outbox, leave: bool) {
+/// Moves a batch of records on, and then asks for the connections that are due, the first of them at `poll_at`. `leave`: see
+/// [`Ring::drain`].
+fn look(ring: &mut Ring, connections: &mut Connections, outbox: &mut Outbox, poll_at: Option<Instant>, leave: bool) {
     connections.set_clock();
     let more = take(ring, connections, Instant::now(), outbox, leave);
     let now = Instant::now();
-    // That a RST followed may be in the records that are still to be read.
-    let since = if more { OVERDUE } else { Duration::ZERO };
-    if connections.next_poll().is_some_and(|at| at + since <= now) {
-        connections.poll(now, &mut outbox.events);
+    if poll_at.is_some_and(|at| at <= now) {
+        connections.poll(now, more, &mut outbox.events);
     }
 }
 
@@ -416,8 +412,11 @@ async fn tick(ticks: &mut Option<tokio::time::Interval>) {
 }
 
 async fn until(at: Option<Instant>) {
-    if let Some(at) = at {
-        tokio::time::sleep_until(at.into()).await;
+    match at {
+        // Not at once: signals come in where this thread waits.
+        Some(at) if at <= Instant::now() => tokio::task::yield_now().await,
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => {}
     }
 }
 

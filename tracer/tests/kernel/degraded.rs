@@ -95,7 +95,7 @@ impl Blinded {
             while let Some(record) = self.attached.ring.next() {
                 self.connections.fact(decode(&record).expect("a record"), now, &mut self.events);
             }
-            self.connections.poll(now, &mut self.events);
+            self.connections.poll(now, false, &mut self.events);
             let mut events = self.events.iter().map(|event| serde_json::to_value(event).expect("JSON"));
             if let Some(close) = events.find(&wanted) {
                 assert_eq!(close["type"], "close");

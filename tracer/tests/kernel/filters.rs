@@ -62,6 +62,28 @@ fn only(tracer: Tracer, wanted: &[(u16, u16)]) -> Run {
 }
 
 #[test]
+fn only_the_ports_that_are_asked_for() {
+    // Close to each other, so that their bits share a word.
+    let (port, other) = std::iter::repeat_with(|| (free_port(), free_port()))
+        .find(|(port, other)| port / 64 == other / 64)
+        .expect("most are");
+    let (near, far) = (listen("127.0.0.1", port), listen("127.0.0.1", other));
+    let traffic = || {
+        visit(&far, "127.0.0.1");
+        visit(&near, "127.0.0.1")
+    };
+    let tracer = start(port, "");
+    let client = traffic();
+    only(tracer, &[(client, port), (port, client)]);
+
+    // The first and the last, and very many.
+    let many = (15_000..17_000).map(|port| format!("--port {port} ")).collect::<String>();
+    let tracer = start(port, &format!("{many} --port 1 --port 65535"));
+    let client = traffic();
+    only(tracer, &[(client, port), (port, client)]);
+}
+
+#[test]
 fn peer_and_local() {
     let port = free_port();
     let (near, far) = (listen("127.1.2.3", port), listen("127.2.2.3", port));

@@ -27,7 +27,7 @@ const FEW: u64 = 100;
 const FLAT: f64 = 1.25;
 /// How long nobody reads.
 const STALL: Duration = Duration::from_secs(30);
-/// What may be resident meanwhile: what may be set aside for a moment (64 MiB), and what tracer may have at all.
+/// What may be resident meanwhile: what may be set aside for a moment (64 MiB), and what tracer may have at all (30 MB), rounded up.
 const STALLED_MB: f64 = 100.0;
 /// Sizes of the ring that are compared.
 const RINGS: [&str; 5] = ["256K", "1M", "4M", "16M", "64M"];
@@ -91,8 +91,8 @@ impl Bench<'_> {
                     quiet(&active);
                 }
             }
-            let name = |connections: u64| format!("{} open", number(Some(connections as f64), 0));
-            levels.push(((name(FEW), few), (name(open), many)));
+            let open = number(Some(open as f64), 0);
+            levels.push(((format!("{FEW} open, in turn with {open}"), few), (format!("{open} open"), many)));
         }
         drop(floor);
         let deadline = Instant::now() + PATIENCE;
@@ -133,7 +133,8 @@ impl Bench<'_> {
             }
             let ((few_name, few), (name, many)) = (few, many);
             let grown = |what: fn(&Cost) -> Option<f64>| Some(what(many)? / what(few)?);
-            let what = |what: &str| format!("{name}: {what}, times that of: {few_name}");
+            let what =
+                |what: &str| format!("{name}: {what}, relative to what runs beside it, times that of: {few_name}");
             self.report.budget(Budget::at_most(what("BPF"), grown(Cost::bpf), FLAT, 2));
             self.report.budget(Budget::at_most(what("daemon"), grown(Cost::daemon), FLAT, 2));
         }
@@ -325,7 +326,7 @@ impl Bench<'_> {
     }
 }
 
-/// Of a short connection, the least of several rounds; and of what ran beside it, in the same ones.
+/// Of a short connection, the least of several rounds; and of what ran beside it, the least of the same ones.
 #[derive(Default)]
 struct Cost {
     bpf_ns: Option<f64>,
