@@ -1,7 +1,7 @@
 //! `tracer run`: wires the steps together and ends them in order.
 //!
 //! Two threads. This one reads the ring buffer and turns records into lines, in [`outbox`]; the other, in [`writer`], writes them. Between
-//! them is a bounded queue: when stdout is not read, this thread stops reading, a second later at most, the ring buffer fills, and
+//! them is a bounded queue: when stdout is not read, this thread stops reading, some seconds later at most, the ring buffer fills, and
 //! the programs count what they lose. The traced host is never blocked, and a signal is always heard.
 
 mod outbox;

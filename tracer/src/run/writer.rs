@@ -28,8 +28,9 @@ const SPARE: usize = 2;
 const SPARE_MAX: usize = 1 << 20;
 /// Bytes in the pipe to whoever reads stdout: as much as anybody may ask for (`/proc/sys/fs/pipe-max-size`).
 const PIPE: libc::c_int = 1 << 20;
-/// As long as many other processes may keep the writer from a processor.
-const MOMENT: Duration = Duration::from_secs(1);
+/// As long as many other processes may keep the writer, or the reader of stdout, from a processor: also while very many
+/// connections end at once.
+const MOMENT: Duration = Duration::from_secs(3);
 /// Bytes that are written at once, in whole lines: stdout has taken them, or has not.
 const PIECE: usize = 64 << 10;
 /// After the end, how long the writer may take for a piece.

@@ -333,8 +333,8 @@ fn unread(listener: &Listener) -> (Guard, BufReader<ChildStdout>) {
 
 #[test]
 fn a_reader_that_stalls_costs_records_and_each_is_counted() {
-    // For a second tracer sets aside what its ring has no room for.
-    const STALL: Duration = Duration::from_secs(3);
+    // For three seconds tracer sets aside what its ring has no room for.
+    const STALL: Duration = Duration::from_secs(5);
     let listener = Listener::new();
     let (process, stdout) = unread(&listener);
     // Nobody waits for tracer: these go on.

@@ -299,8 +299,8 @@ fn printing(namespace: &Namespace, options: &[&str]) -> (Listener, Guard, BufRea
 /// Nobody reads for as long as it takes to lose records; the host goes on, and so does the stream, once somebody reads.
 #[test]
 fn nobody_reads() {
-    /// The pipe takes a megabyte, the queue to the thread that writes four chunks. A second later the ring fills.
-    const STALL: Duration = Duration::from_secs(5);
+    /// The pipe takes a megabyte, the queue to the thread that writes four chunks. Three seconds later the ring fills.
+    const STALL: Duration = Duration::from_secs(7);
     const AFTER: u64 = 50;
     let namespace = Namespace::new("stalled");
     let (listener, process, stdout, start) = printing(&namespace, &["--json", "--strict", "--ring-size", "64K"]);
