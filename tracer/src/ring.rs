@@ -42,6 +42,16 @@ pub(crate) fn watch<T: AsFd + AsRawFd>(fd: T, interest: Interest) -> io::Result<
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
+/// Waits until then, and never less than for one turn of the event loop, in which signals come in. (The shortest sleep would take a
+/// millisecond.)
+pub(crate) async fn until(at: Instant) {
+    if at <= Instant::now() {
+        tokio::task::yield_now().await;
+    } else {
+        tokio::time::sleep_until(at).await;
+    }
+}
+
 /// The reading end.
 pub struct Ring {
     ring: AsyncFd<RingBuf<MapData>>,
@@ -80,12 +90,7 @@ impl Ring {
     /// Waiting failed.
     pub async fn ready(&mut self) -> io::Result<()> {
         if let Some(at) = self.look_at {
-            if at <= Instant::now() {
-                // The shortest sleep takes a millisecond.
-                tokio::task::yield_now().await;
-            } else {
-                tokio::time::sleep_until(at).await;
-            }
+            until(at).await;
             self.look_at = None;
         } else {
             self.ring.readable().await?.clear_ready();

@@ -33,7 +33,7 @@ use crate::privileges;
 use crate::process::Processes;
 use crate::record::{self, Recording};
 use crate::reporter::{self, Reporter, Wanted};
-use crate::ring::{Ring, watch};
+use crate::ring::{self, Ring, watch};
 use crate::sandbox::{self, Part};
 use crate::sink::Sink;
 use crate::sink::summary::{Missed, Moment};
@@ -412,11 +412,8 @@ async fn tick(ticks: &mut Option<tokio::time::Interval>) {
 }
 
 async fn until(at: Option<Instant>) {
-    match at {
-        // Not at once: signals come in where this thread waits.
-        Some(at) if at <= Instant::now() => tokio::task::yield_now().await,
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => {}
+    if let Some(at) = at {
+        ring::until(at.into()).await;
     }
 }
 

@@ -9,7 +9,9 @@ use std::process::Command;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, Namespace, Tracer, abort, end_of, expect, free_port, is_socket, port_of, wait_until};
+use crate::rig::{
+    Listener, Namespace, Tracer, abort, end_of, expect, free_port, is_socket, parent_of, port_of, wait_until,
+};
 use crate::script::{REQUEST, RESPONSE, Script, connect, exchange, read_request};
 
 /// A script's side of an exchange with [`answer`].
@@ -26,13 +28,8 @@ fn client(tracer: &Tracer, listener: &Listener, script: &Script) -> Value {
     let exe = fs::read_link(format!("/proc/{}/exe", close["process"]["pid"])).expect("it runs");
     assert_eq!(close["process"]["exe"], exe.to_string_lossy().as_ref(), "{close:#}");
     // The script, or a child of it: ids wrap, so the child's can be the lower one.
-    let status = fs::read(format!("/proc/{}/status", close["process"]["pid"])).expect("it runs");
-    let status = String::from_utf8_lossy(&status);
-    let is_of_script = |line: &str| {
-        let id = line.strip_prefix("Pid:").or_else(|| line.strip_prefix("PPid:"));
-        id.is_some_and(|id| id.trim() == script.pid().to_string())
-    };
-    assert!(status.lines().any(is_of_script), "{close:#}{status}");
+    let pid = close["process"]["pid"].as_u64().expect("an id");
+    assert!(pid == u64::from(script.pid()) || parent_of(pid) == Some(script.pid()), "{close:#}");
     close
 }
 

@@ -412,12 +412,19 @@ pub(crate) fn expect(record: &Value, wanted: &Value) {
 /// is closed here in that moment, it is the child that lets go last, and so it is the closer.
 fn forgive_forks(record: &Value, wanted: &mut Value) {
     let Some(closer) = record["closer"]["pid"].as_u64() else { return };
-    let status = std::fs::read_to_string(format!("/proc/{closer}/status")).unwrap_or_default();
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).map(|pid| pid.trim().parse());
     // It may have ended since.
-    if parent.is_none() || parent == Some(Ok(std::process::id())) {
+    if parent_of(closer).is_none_or(|parent| parent == std::process::id()) {
         wanted["closer"] = record["closer"].clone();
     }
+}
+
+/// The parent of a process; `None`: it has ended.
+pub(crate) fn parent_of(pid: u64) -> Option<u32> {
+    // Its name may be any bytes.
+    let status = std::fs::read(format!("/proc/{pid}/status")).ok()?;
+    let status = String::from_utf8_lossy(&status);
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).expect("each has one");
+    Some(parent.trim().parse().expect("a number"))
 }
 
 fn compare(path: &str, record: &Value, wanted: &Value, differences: &mut String) {
