@@ -86,7 +86,7 @@ impl Bench<'_> {
             for _ in 0..TURNS {
                 for (connections, cost) in [(FEW, &mut few), (open, &mut many)] {
                     let held = Held::open(&self.load.namespace, connections)?;
-                    self.lower(cost, ROUNDS / TURNS, &active, &floor)?;
+                    self.rounds(cost, ROUNDS / TURNS, &active, &floor)?;
                     held.close()?;
                     quiet(&active);
                 }
@@ -133,10 +133,13 @@ impl Bench<'_> {
             }
             let ((few_name, few), (name, many)) = (few, many);
             let grown = |what: fn(&Cost) -> Option<f64>| Some(what(many)? / what(few)?);
-            let what =
-                |what: &str| format!("{name}: {what}, relative to what runs beside it, times that of: {few_name}");
-            self.report.budget(Budget::at_most(what("BPF"), grown(Cost::bpf), FLAT, 2));
-            self.report.budget(Budget::at_most(what("daemon"), grown(Cost::daemon), FLAT, 2));
+            let bpf = "BPF, relative to what runs beside it";
+            // Empty programs have none.
+            let daemon = few.beside_daemon_ns.map_or("daemon", |_| "daemon, relative to that beside it");
+            for (what, grown) in [(bpf, grown(Cost::bpf)), (daemon, grown(Cost::daemon))] {
+                let what = format!("{name}: {what}, times that of: {few_name}");
+                self.report.budget(Budget::at_most(what, grown, FLAT, 2));
+            }
         }
         let _ = writeln!(text, "\nLost, also of those that end at once: {}.", ended.lost);
         self.report.section(text);
@@ -148,13 +151,13 @@ impl Bench<'_> {
     fn beside_a_new_one(&self, active: &Active) -> Result<Cost> {
         let new = self.starter.start(Contender::Text, Reading::Lines, &[])?;
         let mut cost = Cost::default();
-        self.lower(&mut cost, ROUNDS, active, &new)?;
+        self.rounds(&mut cost, ROUNDS, active, &new)?;
         new.stop(Contender::Text)?;
         Ok(cost)
     }
 
-    /// As many more rounds.
-    fn lower(&self, cost: &mut Cost, rounds: u32, active: &Active, beside: &Active) -> Result<()> {
+    /// Has a cost lowered by so many more rounds.
+    fn rounds(&self, cost: &mut Cost, rounds: u32, active: &Active, beside: &Active) -> Result<()> {
         for _ in 0..rounds {
             let ([used, other], operations) = self.round(Workload::Short, [active, beside])?;
             let each = |n: u64| n as f64 / operations as f64;
