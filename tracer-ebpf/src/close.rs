@@ -9,11 +9,11 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
 use tracer_ebpf::book::Column;
-use tracer_ebpf::{counter, filter, first_end, flag, head, kind, role, unpack_state};
+use tracer_ebpf::{counter, filter, first_end, flag, head, kind, role, source, unpack_state};
 
 use crate::conn::{self, Conn, HANDOVER, Outcome, SEEN, Seen, copy_words, mark};
 use crate::sock::{self, Sock, TimeWaitTable, tcp};
-use crate::{ledger, owner, traffic};
+use crate::{ledger, owner, slot, traffic};
 
 /// `trace_inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate)`
 /// <https://github.com/torvalds/linux/blob/v6.12/include/trace/events/sock.h#L138>
@@ -71,7 +71,12 @@ unsafe fn last_seen(sk: Sock) -> Option<*mut Seen> {
 #[inline(always)]
 unsafe fn was_noted(sk: Sock, new: i32) -> bool {
     // SAFETY: by the caller's word.
-    let Some(conn) = (unsafe { conn::get(sk) }) else { return false };
+    let cookie = unsafe { bpf_get_socket_cookie(sk) };
+    if new == tcp::CLOSE && slot::has_ended(cookie) {
+        return true;
+    }
+    // SAFETY: by the caller's word.
+    let Some(conn) = (unsafe { slot::get(sk, cookie) }) else { return false };
     // There may have been no room for its end.
     (new == tcp::CLOSE && conn.marks & mark::ENDED != 0)
         || conn.last_state().is_some_and(|(state, _)| i32::from(state) == new)
@@ -103,14 +108,20 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
         }
         if new == tcp::CLOSE {
             ledger::seen(row, sk, old);
+            if old == tcp::CLOSE {
+                // It has ended before.
+                ledger::add(row, Column::Void, 1);
+                return;
+            }
         }
+        let cookie = bpf_get_socket_cookie(sk);
         // At SYN_SENT a client has no port yet.
         if sock::config_filters() & filter::PORT != 0 && new != tcp::SYN_SENT {
             let (local, remote) = sock::ports(sk);
             if !conn::port_passes(local, remote) {
                 if old == tcp::SYN_SENT {
                     // Made then.
-                    conn::delete(sk);
+                    slot::delete(sk, cookie);
                 }
                 if new == tcp::CLOSE {
                     ledger::add(row, Column::Filtered, 1);
@@ -120,18 +131,24 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
         }
         if new == tcp::SYN_SENT {
             // A socket that was disconnected and connects again starts anew.
-            conn::delete(sk);
+            slot::delete(sk, cookie);
         }
         if !conn::ends_pass(sk) {
             // Made when it was cloned, before it had addresses.
-            conn::delete(sk);
+            slot::delete(sk, cookie);
             if new == tcp::CLOSE {
                 ledger::add(row, Column::Filtered, 1);
             }
             return;
         }
         let now = conn::now();
-        let Some(conn) = conn::create(sk) else {
+        // Two that were cloned for one request have its cookie, both of them, if it was asked for; one of them goes at once.
+        let conn = if old == tcp::SYN_RECV && new == tcp::CLOSE {
+            slot::of_client(sk, cookie)
+        } else {
+            slot::claim(sk, cookie, now)
+        };
+        let Some(conn) = conn else {
             // Counted once in the life of a socket.
             if new == tcp::CLOSE {
                 ledger::add(row, Column::Untracked, 1);
@@ -144,7 +161,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
             return;
         };
         if new == tcp::CLOSE && conn.marks & mark::ENDED != 0 {
-            // It has ended before: a socket can enter CLOSE from CLOSE.
+            // It has ended before.
             ledger::add(row, Column::Void, 1);
             return;
         }
@@ -155,11 +172,11 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
             if new == tcp::CLOSE {
                 conn.flags |= flag::COOKIE_LATE;
             }
-            let cookie = bpf_get_socket_cookie(sk);
             traffic::first_sight(conn, cookie, if new == tcp::SYN_SENT { new } else { old }, now);
         }
         if new == tcp::CLOSE && old == tcp::SYN_RECV && never_lived(sk, conn) {
             conn.push_state(new, now);
+            end(conn, cookie, old, now);
             ledger::add(row, Column::Void, 1);
             return;
         }
@@ -189,7 +206,16 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
         owner::at_transition(sk, conn, old, new);
         match new {
             // The FINs themselves are seen in `traffic`; this holds where a packet passed it by.
-            tcp::CLOSE_WAIT => conn.first_end(first_end::REMOTE, now),
+            tcp::CLOSE_WAIT => {
+                conn.first_end(first_end::REMOTE, now);
+                // It may stay so, and be in no table of open files.
+                let lasting_ns = sock::config_storage_walk_ns();
+                if lasting_ns != u64::MAX
+                    && (conn.owner_source == source::NONE || now.saturating_sub(conn.established_ns) >= lasting_ns)
+                {
+                    slot::in_storage(sk);
+                }
+            }
             tcp::FIN_WAIT2 => conn.first_end(first_end::LOCAL, now),
             // Our FIN left before the peer's was processed, and the peer's does not acknowledge it. (Where ours still waits
             // to be sent, the peer's was first.)
@@ -198,9 +224,18 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
         }
         if new == tcp::CLOSE {
             ended(row, sk, conn, old, now);
+            end(conn, cookie, old, now);
         } else if sock::config_states() && new != tcp::SYN_SENT {
             conn::emit(sk, conn, kind::STATE, old, new, now);
         }
+    }
+}
+
+/// A socket has ended, from `old`, and leaves its slot, if that is not another's with the same cookie.
+#[inline(always)]
+fn end(conn: &Conn, cookie: u64, old: i32, now: u64) {
+    if old != tcp::SYN_RECV || conn.role == role::CLIENT {
+        slot::end(cookie, now);
     }
 }
 
@@ -235,8 +270,9 @@ unsafe fn cloned(sk: Sock) {
             return;
         }
         (*handover).valid = 0;
-        // It has no addresses yet: whether it passes is asked at its next transition.
-        let Some(conn) = conn::create(sk) else { return };
+        // It has no addresses yet: whether it passes is asked at its next transition. Nor has it a cookie: it gets that of the
+        // request that it comes from, or none.
+        let Some(conn) = slot::in_storage(sk) else { return };
         copy_words::<{ size_of::<tracer_ebpf::head::Http>() / 8 }>(
             (&raw mut conn.http).cast(),
             (&raw const (*handover).http).cast(),
@@ -291,7 +327,7 @@ unsafe fn ended(row: u32, sk: Sock, conn: &mut Conn, old: i32, now: u64) {
 fn tcp_receive_reset(ctx: BtfTracePointContext) -> i32 {
     let sk: Sock = ctx.arg::<*mut _>(0);
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
-    if let Some(conn) = unsafe { conn::get(sk) } {
+    if let Some(conn) = unsafe { slot::get(sk, bpf_get_socket_cookie(sk)) } {
         if conn.rst_seen != 0 {
             conn.flags |= flag::RST_RECEIVED;
             conn.first_end(first_end::REMOTE, conn::now());
@@ -312,25 +348,44 @@ fn tcp_send_reset(ctx: BtfTracePointContext) -> i32 {
     if sk.is_null() {
         return 0;
     }
-    // SAFETY: argument 0 is a BTF pointer to a `struct sock`, and not NULL; the helper refuses mini-sockets. Its state is read
-    // at a BTF offset.
+    // SAFETY: argument 0 is a BTF pointer to a `struct sock`, and not NULL. Its state is read at a BTF offset.
     unsafe {
-        if let Some(conn) = conn::get(sk) {
-            if conn.flags & flag::RST_SENT != 0 {
-                return 0;
-            }
-            if traffic::lives_on_after_a_reset(sock::state(sk)) && answers_a_segment(&ctx) {
-                return 0;
-            }
-            conn.flags |= flag::RST_SENT;
-            let now = conn::now();
-            conn.first_end(first_end::LOCAL, now);
-            if conn.marks & mark::ENDED != 0 {
-                conn::emit(sk, conn, kind::RESET_AFTER_CLOSE, tcp::CLOSE, tcp::CLOSE, now);
-            }
+        // A mini-socket has the cookie of the full one.
+        if !sock::is_full(sk) {
+            return 0;
+        }
+        let cookie = bpf_get_socket_cookie(sk);
+        // It may follow the end at once.
+        let held = slot::hold(cookie);
+        if let Some(conn) = slot::get(sk, cookie) {
+            sends_reset(&ctx, sk, conn);
+        }
+        if held {
+            slot::end(cookie, conn::now());
         }
     }
     0
+}
+
+/// # Safety
+/// `ctx` is that of `tcp_send_reset`, and `sk` its BTF pointer to a full TCP `struct sock`.
+#[inline(always)]
+unsafe fn sends_reset(ctx: &BtfTracePointContext, sk: Sock, conn: &mut Conn) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        if conn.flags & flag::RST_SENT != 0 {
+            return;
+        }
+        if traffic::lives_on_after_a_reset(sock::state(sk)) && answers_a_segment(ctx) {
+            return;
+        }
+        conn.flags |= flag::RST_SENT;
+        let now = conn::now();
+        conn.first_end(first_end::LOCAL, now);
+        if conn.marks & mark::ENDED != 0 {
+            conn::emit(sk, conn, kind::RESET_AFTER_CLOSE, tcp::CLOSE, tcp::CLOSE, now);
+        }
+    }
 }
 
 /// Whether a RST is the answer to a segment, and not sent because a process or a timer ends the socket: then `skb` is NULL.

@@ -1,14 +1,16 @@
-//! Sockets whose peer has closed, and whose process has not, for too long: a walk over all that are followed, or, where the
-//! kernel cannot do that without danger, over all open files.
+//! The walks that user space starts from time to time: over all open files, and over all sockets that have storage, where the
+//! kernel can do that without danger.
 //!
-//! No transition tells that one did not come. So user space starts a walk from time to time; it costs nothing in
-//! between, and each socket that it finds makes one record in its life.
+//! They find sockets whose peer has closed, and whose process has not, for too long: no transition tells that one did not come. Each
+//! makes one record in its life. In between they cost nothing.
 
 use aya_ebpf::cty::{c_int, c_void};
+use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use tracer_ebpf::kind;
 
 use crate::conn::{self, Conn, Outcome};
 use crate::owner::TaskFile;
+use crate::slot;
 use crate::sock::{self, Sock, tcp};
 
 /// `struct bpf_iter__bpf_sk_storage_map`: a socket that has storage in the map; NULL at the end of the walk.
@@ -21,7 +23,7 @@ struct SocketStorage {
     value: *mut c_void,
 }
 
-/// Looks at one followed socket.
+/// Looks at one socket that has storage.
 #[unsafe(link_section = "iter/bpf_sk_storage_map")]
 #[unsafe(no_mangle)]
 extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
@@ -35,15 +37,16 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
     0
 }
 
-/// Looks at one open file. It does not find a socket that is in no process's table of open files: because none has accepted it,
-/// or because it is io_uring's own, or the kernel's.
+/// Looks at one open file, and has the state of idle sockets moved out of their slots. It does not find a socket that is in no process's
+/// table of open files: because none has accepted it, or because it is io_uring's own, or the kernel's.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
-extern "C" fn close_wait_files(ctx: *mut TaskFile) -> c_int {
+extern "C" fn look_at_files(ctx: *mut TaskFile) -> c_int {
     // SAFETY: the kernel passes a `struct bpf_iter__task_file`; the file is held for the call, and so is its socket.
     unsafe {
         if let Some(sk) = (*ctx).tcp_socket() {
             report(sk);
+            slot::pass_by(sk, bpf_get_socket_cookie(sk));
         }
     }
     0
@@ -60,9 +63,14 @@ unsafe fn report(sk: Sock) {
         if sock::state(sk) != tcp::CLOSE_WAIT {
             return;
         }
-        let Some(conn) = conn::get(sk) else { return };
+        let cookie = bpf_get_socket_cookie(sk);
+        let Some(conn) = slot::peek(sk, cookie) else { return };
         let now = conn::now();
         if conn.close_wait_told != 0 || now.saturating_sub(since(conn, now)) < sock::config_close_wait_ns() {
+            return;
+        }
+        // The slot may have become another's, if this program was stopped for long.
+        if conn.cookie != cookie {
             return;
         }
         // A filter may let it pass later, when its owner is known.

@@ -1,13 +1,12 @@
 //! The state of one socket, the maps, and the way into the ring buffer.
 //!
-//! [`Conn`] lives in socket storage, reachable from the tracepoints and from `cgroup_skb`, and dies with its socket: no
-//! hash, no leak, no capacity limit. It starts as zeroes.
+//! [`Conn`] is reachable from the tracepoints and from `cgroup_skb`; where it is, [`crate::slot`] says. It starts as zeroes.
 
-use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage};
+use aya_ebpf::bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_delete, bpf_sk_storage_get};
+use aya_ebpf::helpers::generated::bpf_map_lookup_elem;
 use aya_ebpf::macros::btf_map;
 use tracer_ebpf::head::{self, EGRESS, Http, INGRESS, clamp};
 use tracer_ebpf::{
@@ -38,8 +37,8 @@ pub(crate) mod mark {
 /// single words whose last writer may win (`first_end` and when that was); the first sight of a socket, from wherever, is one
 /// program's alone (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
 ///
-/// With what the kernel adds (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes, all
-/// of which are cleared for each socket. The kernel puts it 8 bytes behind the begin of a cache line. That line is read by each
+/// With what the kernel adds in storage (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes, all
+/// of which are cleared for each socket. There the kernel puts it 8 bytes behind the begin of a cache line, and in a slot it is so, too. That line is read by each
 /// program, so what is written for each message is not in it: see [`Http`].
 #[repr(C)]
 pub(crate) struct Conn {
@@ -97,8 +96,6 @@ pub(crate) struct Seen {
 /// The ring buffer's size where user space asks for no other.
 const RING_BYTES: usize = 4 << 20;
 
-#[btf_map]
-pub(crate) static SOCKETS: SkStorage<Conn> = SkStorage::new();
 #[btf_map]
 static RING: RingBuf<Record, RING_BYTES> = RingBuf::new();
 #[btf_map]
@@ -190,64 +187,6 @@ pub(crate) fn worth_a_warning(index: u32) -> bool {
     }
 }
 
-/// The state of `sk`, if it has one.
-///
-/// # Safety
-/// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
-#[inline(always)]
-pub(crate) unsafe fn get<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
-    // SAFETY: by the caller's word.
-    unsafe { storage(sk, 0) }
-}
-
-/// The state of `sk`, made now if it had none and [`ends_pass`].
-///
-/// # Safety
-/// As for [`get`].
-#[inline(always)]
-pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
-    // SAFETY: by the caller's word.
-    unsafe {
-        if sock::config_filters() & ENDS != 0 {
-            let known = storage(sk, 0);
-            if known.is_some() || !ends_pass(sk) {
-                return known;
-            }
-        }
-        create(sk)
-    }
-}
-
-/// The state of `sk`, made now if it had none: where [`ends_pass`] was asked before, or cannot be asked yet.
-///
-/// # Safety
-/// As for [`get`].
-#[inline(always)]
-pub(crate) unsafe fn create<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
-    // SAFETY: by the caller's word.
-    unsafe { storage(sk, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) }
-}
-
-/// # Safety
-/// As for [`get`].
-#[inline(always)]
-unsafe fn storage<'a>(sk: *mut c_void, flags: u64) -> Option<&'a mut Conn> {
-    let map = (&raw const SOCKETS).cast_mut().cast();
-    // SAFETY: by the caller's word; the helper answers NULL or a value that lives until the program ends. A program on
-    // another CPU may hold it, too: `Conn` says who writes what.
-    unsafe { bpf_sk_storage_get(map, sk, core::ptr::null_mut(), flags).cast::<Conn>().as_mut() }
-}
-
-/// Forgets the state of `sk`, if it has one.
-///
-/// # Safety
-/// As for [`get`].
-#[inline(always)]
-pub(crate) unsafe fn delete(sk: *mut c_void) {
-    // SAFETY: as in `get`. It fails where there was nothing to forget.
-    unsafe { bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk) };
-}
-
 impl Conn {
     /// Notes a transition.
     #[inline(always)]
@@ -325,7 +264,7 @@ const ENDS: u32 = filter::PEER | filter::LOCAL | filter::NETNS;
 /// Whether the addresses and the network namespace of `sk` pass `--peer`, `--local` and `--netns`.
 ///
 /// # Safety
-/// As for [`get`].
+/// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
 #[inline(always)]
 pub(crate) unsafe fn ends_pass(sk: *mut c_void) -> bool {
     let filters = sock::config_filters();

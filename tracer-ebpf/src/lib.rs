@@ -313,6 +313,9 @@ pub const PREFIXES: usize = 1024;
 /// Entries of the `NETNS` map.
 pub const NAMESPACES: usize = 256;
 
+/// Size of one of `SLOTS`.
+pub const SLOT_BYTES: u32 = 512;
+
 wire! {
     /// What the command line asks of the programs; a frozen global.
     pub struct Config {
@@ -320,6 +323,9 @@ wire! {
         pub close_wait_ns: u64,
         /// A socket that ended counts only if it was established for so long, nanoseconds.
         pub min_duration_ns: u64,
+        /// For how long a socket must have been established to get storage when it enters `TCP_CLOSE_WAIT`, so that a walk over storage
+        /// finds it, nanoseconds; if no owner is known it always gets it. `u64::MAX`: there is no such walk.
+        pub storage_walk_ns: u64,
         /// [`filter`] bits.
         pub filters: u32,
         /// Not 0: a record for every transition.
@@ -330,6 +336,10 @@ wire! {
         pub netns: u32,
         /// Not 0: this kernel's verifier accepts no read of a stack that was not written before.
         pub clear_stack: u32,
+        /// The number of `SLOTS`, a power of two, less one.
+        pub slot_mask: u32,
+        /// Where in each of `SLOTS` a socket's state begins: 8 to 64, a multiple of 8.
+        pub slot_at: u32,
         #[doc(hidden)]
         pub _pad: u32,
     }
@@ -343,8 +353,10 @@ pub mod counter {
     pub const UNTRACKED: u32 = 1;
     /// Processes that `PIDS` had no room for.
     pub const LEFT_OUT: u32 = 2;
+    /// Sockets that found their slot taken.
+    pub const CROWDED: u32 = 3;
     /// Number of counters.
-    pub const COUNT: u32 = 3;
+    pub const COUNT: u32 = 4;
 }
 
 /// The `LEDGER` per-CPU map: what became of each end of a TCP socket.

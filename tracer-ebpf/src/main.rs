@@ -1,7 +1,6 @@
 //! The kernel programs: what the sockets of this host do in, one record for each that closed out.
 //!
-//! All state of a socket is its [`conn::Conn`] in socket storage: it is made when the connection is, and dies with the
-//! socket. Every hook adds what it alone can know; `close` writes the record. No hook changes a packet, a socket or a
+//! All state of a socket is its [`conn::Conn`], which `slot` finds: in a slot, or in the socket's own storage. Every hook adds what it alone can know; `close` writes the record. No hook changes a packet, a socket or a
 //! verdict: each `cgroup_skb` program answers "pass" on every path.
 #![no_std]
 #![no_main]
@@ -13,6 +12,7 @@ mod conn;
 mod ledger;
 mod owner;
 mod scan;
+mod slot;
 mod sock;
 mod traffic;
 

@@ -4,16 +4,21 @@
 //! Everything else runs in softirq on top of whatever was running, on loopback the other end's process. A wrong process
 //! is worse than none.
 
+use aya_ebpf::btf_maps::Array;
 use aya_ebpf::cty::{c_int, c_void};
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_from_file};
-use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_get_socket_cookie, bpf_sock_from_file};
+use aya_ebpf::macros::{btf_map, btf_tracepoint};
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
 use tracer_ebpf::{TICK_NS, Task, counter, flag, source};
 
 use crate::conn::{self, Conn, EXITED, PIDS, mark};
 use crate::sock::{self, Sock, Who, load, tcp};
-use crate::{scan, traffic};
+use crate::{scan, slot, traffic};
+
+/// The thread that walks over open files, as the initial pid namespace sees it; 0: no walk was made yet.
+#[btf_map]
+static WALKER: Array<u32, 1> = Array::new();
 
 /// Learns what a transition tells of owner and closer.
 ///
@@ -53,7 +58,13 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
             return;
         }
         let mut task = Task::NONE;
-        match sock::process(sock::current(), &raw mut task) {
+        let current = sock::current();
+        let mut who = sock::process(current, &raw mut task);
+        if WALKER.get(0) == Some(&load!(current, pid, u32)) {
+            // It had the file in hand as another process closed it.
+            who = Who::Kernel;
+        }
+        match who {
             Who::Kernel => {
                 // The last reference was dropped by a worker: after an exit, for example through io_uring.
                 if exited(&conn.owner) {
@@ -117,7 +128,7 @@ fn tcp_rcv_space_adjust(ctx: BtfTracePointContext) -> i32 {
     let sk: Sock = ctx.arg::<*mut _>(0);
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     unsafe {
-        let Some(conn) = conn::get(sk) else { return 0 };
+        let Some(conn) = slot::get(sk, bpf_get_socket_cookie(sk)) else { return 0 };
         let current = sock::current();
         if conn.owner_source == source::READ && sock::is_still(&conn.owner, current) {
             return 0;
@@ -206,7 +217,7 @@ pub(crate) struct TaskFile {
 }
 
 impl TaskFile {
-    /// The TCP socket that this file is, if it is one.
+    /// The TCP socket that this file is, if it is one. Notes whose walk this is, before it can close a file.
     ///
     /// # Safety
     /// The kernel made it, for the program that runs.
@@ -215,8 +226,11 @@ impl TaskFile {
         if self.file.is_null() {
             return None;
         }
-        // SAFETY: by the caller's word the file is held; what is read from its socket is read at BTF offsets.
+        // SAFETY: by the caller's word the file is held; what is read from its socket is read at BTF offsets. An aligned word of a map.
         unsafe {
+            if let Some(walker) = WALKER.get_ptr_mut(0) {
+                walker.write_volatile(bpf_get_current_pid_tgid() as u32);
+            }
             let socket = bpf_sock_from_file(self.file.cast()).cast::<c_void>();
             if socket.is_null() {
                 return None;
@@ -247,9 +261,10 @@ extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
         if !conn::port_passes(local, remote) {
             return 0;
         }
-        let Some(conn) = conn::get_or_create(sk) else { return 0 };
+        let cookie = bpf_get_socket_cookie(sk);
+        let Some(conn) = slot::get_or_create(sk, cookie) else { return 0 };
         if conn.cookie == 0 {
-            traffic::first_sight(conn, bpf_get_socket_cookie(sk), state, conn::now());
+            traffic::first_sight(conn, cookie, state, conn::now());
         }
         let mut found = Task::NONE;
         if sock::process(task, &raw mut found) != Who::Process {

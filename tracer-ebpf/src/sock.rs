@@ -22,11 +22,14 @@ pub(crate) static OFFSETS: Offsets = {
 static CONFIG: Config = Config {
     close_wait_ns: 0,
     min_duration_ns: 0,
+    storage_walk_ns: u64::MAX,
     filters: 0,
     states: 0,
     full_target: 0,
     netns: 0,
     clear_stack: 1,
+    slot_mask: 0,
+    slot_at: 8,
     _pad: 0,
 };
 
@@ -73,6 +76,24 @@ pub(crate) fn config_full_target() -> bool {
 #[inline(always)]
 pub(crate) fn config_clear_stack() -> bool {
     frozen(&CONFIG.clear_stack) != 0
+}
+
+/// The number of slots less one.
+#[inline(always)]
+pub(crate) fn config_slot_mask() -> u32 {
+    frozen(&CONFIG.slot_mask)
+}
+
+/// Where in a slot the state is.
+#[inline(always)]
+pub(crate) fn config_slot_at() -> u32 {
+    frozen(&CONFIG.slot_at)
+}
+
+/// See [`Config::storage_walk_ns`].
+#[inline(always)]
+pub(crate) fn config_storage_walk_ns() -> u64 {
+    frozen(&CONFIG.storage_walk_ns)
 }
 
 /// How long a socket may be in CLOSE_WAIT before it is reported, nanoseconds.
@@ -205,6 +226,16 @@ pub(crate) unsafe fn shut_down(sk: Sock) -> bool {
 pub(crate) unsafe fn fin_processed(sk: Sock) -> bool {
     // SAFETY: by the caller's word.
     unsafe { load!(sk, skc_flags, u64) >> offset!(sock_done) & 1 != 0 }
+}
+
+/// Whether it is a full socket, and no mini-socket.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn is_full(sk: Sock) -> bool {
+    // SAFETY: by the caller's word; the helper answers NULL for what is no full TCP socket.
+    unsafe { !bpf_skc_to_tcp_sock(sk).is_null() }
 }
 
 /// Local and remote port, host byte order. Of a socket in CLOSE `skc_num` is already 0, `inet_sport` is not.

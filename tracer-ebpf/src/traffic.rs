@@ -15,7 +15,7 @@ use tracer_ebpf::{first_end, flag, role};
 
 use crate::conn::{self, Conn, HANDOVER, mark};
 use crate::sock::tcp;
-use crate::{scan, sock};
+use crate::{scan, slot, sock};
 
 /// `BPF_CGROUP_INET_INGRESS` and `BPF_CGROUP_INET_EGRESS`: pass.
 const PASS: i32 = 1;
@@ -222,9 +222,10 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
         if !conn::port_passes(segment.source_port, segment.dest_port) {
             return;
         }
-        let Some(conn) = conn::get_or_create(sk.cast()) else { return };
+        let cookie = bpf_get_socket_cookie(skb.cast());
+        let Some(conn) = slot::get_or_create(sk.cast(), cookie) else { return };
         if conn.cookie == 0 {
-            first_sight(conn, bpf_get_socket_cookie(skb.cast()), (*sk).state as i32, conn::now());
+            first_sight(conn, cookie, (*sk).state as i32, conn::now());
         }
         if direction == INGRESS && segment.flags & RST == 0 && conn.rst_seen != 0 && !sock::backlogs(sk.cast()) {
             // TCP has had that RST, and did not take it.

@@ -261,6 +261,10 @@ pub struct Run {
     /// too slow.)
     #[arg(long, value_name = "BYTES", value_parser = ring_size, default_value = "4M")]
     pub ring_size: u32,
+    /// Room for sockets that are young, or not idle: a power of two up to 1048576, of 512 bytes each. What finds none costs more.
+    /// [default: 8192 for each processor, from 32768 to 131072]
+    #[arg(long, value_name = "NUMBER", value_parser = slots)]
+    pub slots: Option<u32>,
     /// Exit with code 10 if a close was lost or not seen, or the counts in the summary do not agree
     #[arg(long)]
     pub strict: bool,
@@ -387,6 +391,14 @@ fn ring_size(text: &str) -> Result<u32, String> {
     bytes
         .filter(|bytes| bytes.is_power_of_two() && (1 << 16..=1 << 30).contains(bytes))
         .ok_or_else(|| EXPECTED.to_owned())
+}
+
+/// A power of two.
+fn slots(text: &str) -> Result<u32, String> {
+    let number = text.parse::<u32>().ok();
+    number
+        .filter(|number| number.is_power_of_two() && *number <= 1 << 20)
+        .ok_or_else(|| "expected a power of two from 1 to 1048576, such as 32768".to_owned())
 }
 
 /// A number with an optional fraction and an optional unit.
@@ -614,6 +626,17 @@ mod tests {
         }
         for text in ["", "s", ".", "1..2", "-1s", "1x", "1 s s", "inf", "nan", "0", "0.0001", "99999999999h", "1s2"] {
             assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_of_slots() {
+        assert_eq!(run(&[]).expect("options").slots, None);
+        assert_eq!(run(&["--slots", "65536"]).expect("options").slots, Some(1 << 16));
+        assert_eq!(slots("1"), Ok(1));
+        assert_eq!(slots("1048576"), Ok(1 << 20));
+        for text in ["", "0", "3", "2097152", "-4", "4K", "4294967296"] {
+            assert!(slots(text).is_err(), "{text}");
         }
     }
 

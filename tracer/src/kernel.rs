@@ -7,9 +7,9 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{BtfTracePoint, CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Iter};
@@ -17,6 +17,7 @@ use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use ipnet::IpNet;
 use log::{Log, debug};
+use rustix::time::{ClockId, clock_gettime};
 use tracer_ebpf::{Config, PORT_WORDS, book, counter, filter};
 
 use crate::decode::Blind;
@@ -58,11 +59,20 @@ pub struct Ask {
     pub close_wait_after: Duration,
     /// Size of the ring buffer, bytes: a power of two, and at least a page.
     pub ring_bytes: u32,
+    /// Slots for the states of sockets, of [`tracer_ebpf::SLOT_BYTES`] each: a power of two, or 0, which is one.
+    pub slots: u32,
 }
 
 impl Ask {
     /// Enough for every host that was seen; 10 MB.
     const MOST_PROCESSES: u32 = 1 << 17;
+
+    /// As many [`Ask::slots`] as are enough for 130,000 connections a second, if they are short, and more on a large host: 17 to 67 MB.
+    pub fn usual_slots() -> u32 {
+        let processors = aya::util::online_cpus().map_or(1, |processors| processors.len());
+        u32::try_from(processors.saturating_mul(1 << 13).next_power_of_two())
+            .map_or(1 << 17, |slots| slots.clamp(1 << 15, 1 << 17))
+    }
 
     /// What a filter asks of the programs, but for names.
     pub fn of(filter: &Filter) -> Self {
@@ -89,6 +99,8 @@ pub struct Attached {
     pub looks_until: Array<MapData, u64>,
     /// Their warnings.
     pub log: EbpfLogger<&'static dyn Log>,
+    /// The walks that are to be made from time to time.
+    pub walks: Vec<Walk>,
 }
 
 /// Counters of the programs, summed over all CPUs.
@@ -100,6 +112,8 @@ pub struct Counters {
     pub untracked: u64,
     /// Processes that could not be followed, as there were too many at once: [`Ask::most_processes`].
     pub left_out: u64,
+    /// Sockets that found their slot taken, and got storage.
+    pub crowded: u64,
 }
 
 /// The attached programs; dropped, they are gone.
@@ -107,7 +121,6 @@ pub struct Kernel {
     ebpf: Option<Ebpf>,
     counters: PerCpuArray<MapData, u64>,
     ledger: PerCpuArray<MapData, Row>,
-    close_wait: Option<SocketWalk>,
     /// Attached hooks by name.
     pub hooks: Vec<String>,
     /// What could not be attached, and what that costs.
@@ -134,9 +147,9 @@ pub enum Place {
     Tracepoint(&'static str, &'static [&'static str]),
     /// Packets at the cgroup-v2 root, and the program.
     Packets(Direction),
-    /// The walk over every open file: it is made at once.
+    /// The walks over every open file: one is made at once, another is prepared.
     OpenFiles,
-    /// The walk over every followed socket: it is prepared.
+    /// The walk over every socket that has storage: it is prepared.
     Sockets,
 }
 
@@ -224,6 +237,9 @@ const HOOKS: [Hook; 9] = [
     },
 ];
 
+/// A connection that lasts so long is no short one, so storage for it is no matter: [`Config::storage_walk_ns`].
+const LASTING_NS: u64 = 100_000_000;
+
 const TRANSITIONS: &str = "inet_sock_set_state";
 const RECEIVE_RESET: &str = "tp_btf/tcp_receive_reset";
 const SEND_RESET: &str = "tp_btf/tcp_send_reset";
@@ -259,11 +275,12 @@ struct Object<'a> {
     btf: Btf,
     cgroup: &'a OwnedFd,
     layout: &'a Layout,
-    close_wait: Option<SocketWalk>,
+    walks: Vec<Walk>,
 }
 
 impl<'a> Object<'a> {
     fn new(ask: &Ask, cgroup: &'a OwnedFd, layout: &'a Layout) -> Result<Self> {
+        let slots = ask.slots.max(1);
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
@@ -280,9 +297,19 @@ impl<'a> Object<'a> {
             full_target: ask.full_target.into(),
             close_wait_ns: u64::try_from(ask.close_wait_after.as_nanos()).unwrap_or(u64::MAX),
             min_duration_ns: ask.min_duration_us.filter(|_| !ask.states).unwrap_or(0).saturating_mul(1000),
+            storage_walk_ns: if !layout.bears_storage_walk {
+                u64::MAX
+            } else if preflight::in_initial_pid_namespace() {
+                LASTING_NS
+            } else {
+                // Most files are not seen.
+                0
+            },
             // Without `/proc` it is not known, and nothing is counted for it.
             netns: time_wait::own_namespace().unwrap_or(0),
             clear_stack: (!preflight::reads_any_stack()).into(),
+            slot_mask: slots - 1,
+            slot_at: layout.slot_at,
             _pad: 0,
         };
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
@@ -292,6 +319,7 @@ impl<'a> Object<'a> {
             .override_global("OFFSETS", bytemuck::bytes_of(&layout.offsets), true)
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .map_max_entries("RING", ask.ring_bytes)
+            .map_max_entries("SLOTS", slots)
             .map_max_entries("PIDS", if ask.pids.is_empty() { 1 } else { ask.most_processes })
             .load(OBJECT)
             .context("cannot create the maps of the kernel programs")?;
@@ -299,7 +327,7 @@ impl<'a> Object<'a> {
         fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
         fill_prefixes(&mut ebpf, "LOCALS", &ask.locals)?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
-        Ok(Self { ebpf, btf, cgroup, layout, close_wait: None })
+        Ok(Self { ebpf, btf, cgroup, layout, walks: Vec::new() })
     }
 
     /// Loads the programs of one hook and attaches them.
@@ -329,20 +357,11 @@ impl<'a> Object<'a> {
                     .attach(self.cgroup.as_fd(), direction, CgroupAttachMode::Single)
                     .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;
             }
-            Place::OpenFiles => walk_open_files(&mut self.ebpf, &self.btf)?,
-            Place::Sockets => match SocketWalk::over_storage(&mut self.ebpf, &self.btf, self.layout) {
-                Ok(walk) => self.close_wait = Some(walk),
-                // The other one finds most of them, too.
-                Err(error) => match SocketWalk::over_files(&mut self.ebpf, &self.btf) {
-                    Ok(walk) => {
-                        self.close_wait = Some(walk);
-                        return Err(error);
-                    }
-                    Err(other) => {
-                        return Err(anyhow!("{error:#}; but none is reported, for that is refused, too: {other:#}"));
-                    }
-                },
-            },
+            Place::OpenFiles => {
+                walk_open_files(&mut self.ebpf, &self.btf)?;
+                self.walks.push(Walk::over_files(&mut self.ebpf, &self.btf)?);
+            }
+            Place::Sockets => self.walks.push(Walk::over_storage(&mut self.ebpf, &self.btf, self.layout)?),
         }
         Ok(())
     }
@@ -397,7 +416,7 @@ impl Kernel {
                 (Err(error), _) => return Err(error),
             }
         }
-        let Object { mut ebpf, close_wait, .. } = object;
+        let Object { mut ebpf, walks, .. } = object;
 
         for (name, program) in ebpf.programs() {
             // Only those that were loaded have any; since Linux 5.16.
@@ -412,8 +431,10 @@ impl Kernel {
         let ledger = PerCpuArray::try_from(take(&mut ebpf, "LEDGER")?)?;
         // Holds heads as they came. It is the programs' alone: who reads records must not be able to look there.
         drop(take(&mut ebpf, "STRETCHES")?);
-        let kernel = Self { ebpf: Some(ebpf), counters, ledger, close_wait, hooks: attached, degraded, blind };
-        Ok(Attached { kernel, ring, looks_until, log })
+        // Likewise with what will be records.
+        drop(take(&mut ebpf, "SLOTS")?);
+        let kernel = Self { ebpf: Some(ebpf), counters, ledger, hooks: attached, degraded, blind };
+        Ok(Attached { kernel, ring, looks_until, log, walks })
     }
 
     /// Detaches the programs. What they have written, and their counters, can still be read.
@@ -434,18 +455,6 @@ impl Kernel {
             }
         }
         self.ebpf = None;
-        self.close_wait = None;
-    }
-
-    /// Has every followed socket looked at, and those reported that have been in CLOSE_WAIT for too long; answers how long that
-    /// took: some 0.1 µs for each socket, or, where the storage of sockets must be left alone, for each open file of the host.
-    ///
-    /// # Errors
-    /// The kernel refused.
-    pub fn look_for_close_wait(&self) -> Result<Duration> {
-        let began = Instant::now();
-        self.close_wait.as_ref().map_or(Ok(()), SocketWalk::run)?;
-        Ok(began.elapsed())
     }
 
     /// Reads the books of the programs: a row for each CPU, summed over its programs.
@@ -476,6 +485,7 @@ impl Kernel {
             lost: sum(counter::LOST)?,
             untracked: sum(counter::UNTRACKED)?,
             left_out: sum(counter::LEFT_OUT)?,
+            crowded: sum(counter::CROWDED)?,
         })
     }
 }
@@ -525,13 +535,24 @@ fn follow(ebpf: &mut Ebpf, ask: &Ask) -> Result<()> {
     Ok(())
 }
 
-/// A walk that finds sockets in CLOSE_WAIT, ready to be run.
-struct SocketWalk {
+/// A walk over open files or sockets, to be made again and again; all of them by one thread.
+pub struct Walk {
     link: OwnedFd,
+    /// What it goes over.
+    pub over: Over,
 }
 
-impl SocketWalk {
-    /// Over every socket that is followed.
+/// What a [`Walk`] goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// Every open file of every process.
+    Files,
+    /// Every socket that has storage.
+    Storage,
+}
+
+impl Walk {
+    /// Over every socket that has storage.
     fn over_storage(ebpf: &mut Ebpf, btf: &Btf, layout: &Layout) -> Result<Self> {
         if !layout.bears_storage_walk {
             let release = preflight::kernel_release();
@@ -545,19 +566,28 @@ impl SocketWalk {
         program.load("bpf_sk_storage_map", btf).context("the kernel refused program iter/bpf_sk_storage_map")?;
         let link = bpf::link_iterator(program.fd()?.as_fd(), Some(map.as_fd()))
             .context("cannot attach iter/bpf_sk_storage_map")?;
-        Ok(Self { link })
+        Ok(Self { link, over: Over::Storage })
     }
 
     /// Over every open file of every process.
     fn over_files(ebpf: &mut Ebpf, btf: &Btf) -> Result<Self> {
-        let program: &mut Iter = program(ebpf, "close_wait_files")?.try_into()?;
+        let program: &mut Iter = program(ebpf, "look_at_files")?.try_into()?;
         program.load("task_file", btf).context("the kernel refused a second program iter/task_file")?;
         let link = bpf::link_iterator(program.fd()?.as_fd(), None).context("cannot attach a second iter/task_file")?;
-        Ok(Self { link })
+        Ok(Self { link, over: Over::Files })
     }
 
-    fn run(&self) -> Result<()> {
-        run_walk(bpf::iterator(self.link.as_fd())?.into())
+    /// Has every open file of the host looked at, or every socket that has storage: those are reported that have been in CLOSE_WAIT
+    /// for too long, and the state of those that are open files and idle makes room for that of others. Answers how much time of a
+    /// processor that took: some 0.5 µs for each.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn run(&self) -> Result<Duration> {
+        let now = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default();
+        let began = now();
+        run_walk(bpf::iterator(self.link.as_fd())?.into())?;
+        Ok(now().saturating_sub(began))
     }
 }
 

@@ -86,6 +86,7 @@ fn trace(arguments: cli::Run, color: ColorChoice) -> Result<()> {
             full_target: arguments.full_target,
             close_wait_after: arguments.close_wait_after,
             ring_bytes: arguments.ring_size,
+            slots: arguments.slots.unwrap_or_else(Ask::usual_slots),
             ..Ask::of(&filter)
         },
         filter: filter.beyond_kernel(arguments.states),

@@ -23,6 +23,8 @@ pub struct Layout {
     /// The change came with a new member of `struct bpf_local_storage_elem`, by which it is recognised where it was carried back.
     /// `preflight` also asks for the version.
     pub bears_storage_walk: bool,
+    /// Where in a slot a socket's state is to be, so that it begins 8 bytes behind a cache line: [`tracer_ebpf::Config::slot_at`].
+    pub slot_at: u32,
 }
 
 /// The kernel's types.
@@ -46,7 +48,16 @@ impl Types {
     pub fn layout(&self) -> Result<Layout> {
         let bears_storage_walk = self.member("bpf_local_storage_elem", "map_node").is_ok()
             && self.member("bpf_local_storage_elem", "state").is_err();
-        Ok(Layout { offsets: self.offsets()?, bears_storage_walk })
+        Ok(Layout { offsets: self.offsets()?, bears_storage_walk, slot_at: self.slot_at() })
+    }
+
+    /// Slots are elements of an array map. The first one lies behind its `struct bpf_array`, which begins with a page. Where that is not
+    /// known, slots are slower, and no more.
+    fn slot_at(&self) -> u32 {
+        const LINE: u32 = 64;
+        let first = self.member("bpf_array", "value").unwrap_or(0);
+        // The tag is before the state.
+        8 + (LINE - first % LINE) % LINE
     }
 
     /// Resolves every member of [`Offsets`].

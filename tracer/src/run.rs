@@ -5,6 +5,7 @@
 //! the programs count what they lose. The traced host is never blocked, and a signal is always heard.
 
 mod outbox;
+mod walker;
 mod writer;
 
 use std::fs::File;
@@ -39,6 +40,7 @@ use crate::sink::Sink;
 use crate::sink::summary::{Missed, Moment};
 use crate::time_wait::{self, SockDiag};
 use outbox::Outbox;
+use walker::Walker;
 use writer::Writer;
 
 /// What to trace, and how to print it.
@@ -110,7 +112,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let mut terminate = signal(SignalKind::terminate())?;
     let mut summary_wanted = signal(SignalKind::user_defined1())?;
 
-    let Attached { mut kernel, ring, looks_until, log } =
+    let Attached { mut kernel, ring, looks_until, log, walks } =
         Kernel::attach(&options.ask, &host.cgroup, &host.layout).map_err(preflight::explain)?;
     let (books, without_witness) = Books::open(&kernel);
     // Not before: what is there already is not replaced by the recording of a run that could not begin.
@@ -157,6 +159,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
     let every = options.wanted.every;
     let reporter = Reporter::new(options.sink, options.wanted, recording, began, time_wait_max);
     let mut writer = Writer::start()?;
+    let walker = Walker::start(walks, options.ask.close_wait_after)?;
     let start = Event::Start(Start {
         time: Timestamp::now(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -168,12 +171,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
         time_wait_max,
         degraded,
     });
-    let mut losses = Losses { missed: Missed::default(), since: Timestamp::now(), left_out: 0 };
+    let mut losses = Losses { missed: Missed::default(), since: Timestamp::now(), left_out: 0, crowded: 0 };
     let mut loss_check = tokio::time::interval(LOSS_CHECK);
     loss_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-    let close_wait_period = close_wait_period(options.ask.close_wait_after);
-    let mut close_wait_check = tokio::time::interval(close_wait_period);
-    close_wait_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut summary_ticks = every.map(|every| {
         let mut ticks = tokio::time::interval_at((began + every).into(), every);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
@@ -232,7 +232,9 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
                 look(&mut ring, &mut connections, &mut outbox, poll_at, writer.is_slow());
-                losses.check(&kernel, &mut outbox.events)?;
+                if losses.check(&kernel, &mut outbox.events)? {
+                    walker.hurry();
+                }
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
             }
             ready = ring.ready(), if !full => {
@@ -241,13 +243,6 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             }
             () = until(poll_at), if !full && poll_at.is_some() => {
                 look(&mut ring, &mut connections, &mut outbox, poll_at, writer.is_slow());
-            }
-            _ = close_wait_check.tick(), if !full => {
-                match kernel.look_for_close_wait() {
-                    // It never takes more than a hundredth of a processor.
-                    Ok(took) => close_wait_check.reset_after(close_wait_period.max(took * 100)),
-                    Err(error) => warn!("sockets in CLOSE_WAIT could not be looked for: {error:#}"),
-                }
             }
             guard = programs_log.readable_mut() => {
                 let mut guard = guard?;
@@ -259,6 +254,7 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
 
     // What was written up to now still counts; nothing is added to it.
     let reconciled = outbox.books.compare(&kernel, 20);
+    walker.end();
     kernel.detach();
     let now = Instant::now();
     // One of the programs may still be at work on another CPU: until all that they have counted is here.
@@ -373,12 +369,6 @@ impl Books {
     }
 }
 
-/// How often all sockets are looked at, if those are wanted that have been in CLOSE_WAIT for `after`: so that they are
-/// not reported much later. A host with very many has them looked at less often.
-fn close_wait_period(after: Duration) -> Duration {
-    (after / 10).clamp(Duration::from_millis(100), Duration::from_secs(5))
-}
-
 /// Moves a batch of records on, and then asks for the connections that are due, the first of them at `poll_at`. `leave`: see
 /// [`Ring::drain`].
 fn look(ring: &mut Ring, connections: &mut Connections, outbox: &mut Outbox, poll_at: Option<Instant>, leave: bool) {
@@ -423,11 +413,15 @@ struct Losses {
     since: Timestamp,
     /// Processes that `--pid` asks for, and that were not followed.
     left_out: u64,
+    /// Sockets that found their slot taken.
+    crowded: u64,
 }
 
 impl Losses {
-    fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<()> {
-        let Counters { lost, untracked, left_out } = kernel.counters()?;
+    /// Answers whether more sockets found their slot taken.
+    fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<bool> {
+        let Counters { lost, untracked, left_out, crowded } = kernel.counters()?;
+        let is_crowded = crowded > std::mem::replace(&mut self.crowded, crowded);
         self.left_out = left_out;
         let missed = &mut self.missed;
         if untracked > missed.untracked {
@@ -443,7 +437,7 @@ impl Losses {
             missed.lost = lost;
             self.since = time;
         }
-        Ok(())
+        Ok(is_crowded)
     }
 }
 

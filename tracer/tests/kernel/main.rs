@@ -38,6 +38,7 @@ mod sandbox;
 mod scale;
 mod script;
 mod servers;
+mod slots;
 mod snapshot;
 mod sockets;
 mod states;

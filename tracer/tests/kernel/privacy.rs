@@ -389,7 +389,9 @@ fn no_secret_leaves_the_kernel() {
     forgotten.client.shutdown(std::net::Shutdown::Write).expect("it is open");
     std::thread::sleep(Duration::from_millis(300));
     for watched in &watched {
-        watched.attached.kernel.look_for_close_wait().expect("the walk works");
+        for walk in &watched.attached.walks {
+            walk.run().expect("the walk works");
+        }
     }
     let mut end = listener.connect();
     end.request(format!("GET {LAST} HTTP/1.1\r\nConnection: close\r\n\r\n"));
