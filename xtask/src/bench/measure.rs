@@ -2,11 +2,12 @@
 //!
 //! From `/proc`, by the process's own descriptors: other people's programs on this host are not taken for its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use crate::workspace;
 
@@ -73,10 +74,7 @@ fn descriptors(pid: u32) -> Result<Vec<String>> {
 
 /// The name of a program.
 pub(crate) fn program_name(id: u32) -> Option<String> {
-    let said =
-        workspace::output(Command::new("bpftool").args(["--json", "prog", "show", "id", &id.to_string()])).ok()?;
-    let value: serde_json::Value = serde_json::from_str(&said).ok()?;
-    Some(value["name"].as_str()?.to_owned())
+    Some(bpftool("prog", id.into()).ok()?["name"].as_str()?.to_owned())
 }
 
 /// The number behind a name, as in `VmRSS:  1234 kB`.
@@ -95,31 +93,43 @@ fn cpu_ns(pid: u32) -> Result<u64> {
     Ok(sum)
 }
 
-/// Kernel memory that the maps of a process take.
+/// Kernel memory that the maps of a process's programs take.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Maps {
     pub(crate) count: usize,
     /// Socket storage is not in it: that grows with each socket.
     pub(crate) bytes: u64,
-    /// Of the value that each socket gets.
+    /// Of the value that a socket gets in its storage.
     pub(crate) socket_value: Option<u64>,
 }
 
 impl Maps {
+    /// The programs may have maps that the process has let go of.
     pub(crate) fn of(pid: u32) -> Result<Self> {
-        const BPF_MAP_TYPE_SK_STORAGE: u64 = 24;
-        let mut maps = BTreeMap::new();
-        let mut socket_value = None;
+        let mut ids = BTreeSet::new();
         for file in descriptors(pid)? {
-            if let (Some(id), Some(bytes)) = (number(&file, "map_id"), number(&file, "memlock")) {
-                maps.insert(id, bytes);
-                if number(&file, "map_type") == Some(BPF_MAP_TYPE_SK_STORAGE) {
-                    socket_value = number(&file, "value_size");
-                }
+            ids.extend(number(&file, "map_id"));
+            if let Some(program) = number(&file, "prog_id") {
+                let shown = bpftool("prog", program)?;
+                ids.extend(shown["map_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64));
             }
         }
-        Ok(Self { count: maps.len(), bytes: maps.values().sum(), socket_value })
+        let mut maps = Self { count: ids.len(), ..Self::default() };
+        for id in ids {
+            let map = bpftool("map", id)?;
+            maps.bytes += map["bytes_memlock"].as_u64().context("a map has a size")?;
+            if map["type"] == "sk_storage" {
+                maps.socket_value = map["bytes_value"].as_u64();
+            }
+        }
+        Ok(maps)
     }
+}
+
+/// What bpftool shows of one program or map.
+fn bpftool(what: &str, id: u64) -> Result<Value> {
+    let said = workspace::output(Command::new("bpftool").args(["--json", what, "show", "id", &id.to_string()]))?;
+    Ok(serde_json::from_str(&said)?)
 }
 
 /// Resident memory of a process, in bytes: now, and at most so far.
