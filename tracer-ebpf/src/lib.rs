@@ -98,6 +98,8 @@ pub mod flag {
     /// Both directions were shut down (`sk_shutdown`). The peer's FIN shuts one down: before it, and in CLOSE_WAIT, the
     /// application has called `close`, or `shutdown` for both; in LAST_ACK and CLOSING this says nothing.
     pub const SHUT_DOWN: u32 = 1 << 11;
+    /// The local close was made by tracer's walk over open files, which had the file in hand as its process closed it.
+    pub const CLOSED_IN_WALK: u32 = 1 << 12;
 }
 
 wire! {

@@ -57,14 +57,13 @@ pub(crate) unsafe fn at_transition(sk: Sock, conn: &mut Conn, old: i32, new: i32
         if !by_close || !sock::locked_by_process(sk) {
             return;
         }
-        let mut task = Task::NONE;
         let current = sock::current();
-        let mut who = sock::process(current, &raw mut task);
         if WALKER.get(0) == Some(&load!(current, pid, u32)) {
-            // It had the file in hand as another process closed it.
-            who = Who::Kernel;
+            conn.flags |= flag::CLOSED_IN_WALK;
+            return;
         }
-        match who {
+        let mut task = Task::NONE;
+        match sock::process(current, &raw mut task) {
             Who::Kernel => {
                 // The last reference was dropped by a worker: after an exit, for example through io_uring.
                 if exited(&conn.owner) {

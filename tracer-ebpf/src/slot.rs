@@ -185,12 +185,18 @@ pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void, cookie: u64) -> Option<&
         if let Some(slot) = slot(cookie) {
             // On another CPU its first transition may have claimed the slot meanwhile: either that has seen what was made here,
             // or this sees the claim. (To exchange a tag for itself is a look that cannot come too early.)
-            let tag = slot.exchange(cookie, cookie);
+            let mut tag = slot.exchange(cookie, cookie);
+            // It takes some 50 ns until it is settled which of the two it will be.
+            for _ in 0..8 {
+                if tag == cookie | CLAIMED {
+                    tag = slot.exchange(cookie, cookie);
+                }
+            }
             if tag == cookie {
                 return slot.state();
             }
             if tag == cookie | CLAIMED {
-                // Which of the two it will be is not settled. So this segment is passed over, like one that was not seen.
+                // The other one was stopped. So this segment is passed over, like one that was not seen.
                 return None;
             }
         }
@@ -341,7 +347,8 @@ pub(crate) unsafe fn pass_by(sk: *mut c_void, cookie: u64) {
             let (to, from) = (&raw mut *conn, slot.conn);
             copy_words::<48>(to.cast(), from.cast());
             copy_words::<{ size_of::<Conn>() / 8 - 48 }>(to.cast::<u64>().add(48), from.cast::<u64>().add(48));
-            if !slot.retag(tag, ENDED) {
+            let was = slot.exchange(tag, ENDED);
+            if was != tag && was & !(IDLE | ENDED) == cookie {
                 bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk);
             }
         }

@@ -92,6 +92,8 @@ pub struct Socket {
     pub rst_sent: bool,
     /// The local close was made by an exiting process.
     pub closed_by_exit: bool,
+    /// The local close was made by tracer, which had the file in hand as somebody closed it: who, and whether at its exit, is not known.
+    pub closed_in_walk: bool,
     /// Whether the namespace's TIME_WAIT table had room at the end of the socket; `None`: not known on this kernel.
     pub time_wait_room: Option<bool>,
     /// The transition ran in the process that holds the socket lock, not in softirq.
@@ -235,6 +237,7 @@ fn socket(record: &Record) -> Result<Socket, NotARecord> {
         rst_received: has(flag::RST_RECEIVED),
         rst_sent: has(flag::RST_SENT),
         closed_by_exit: has(flag::CLOSED_BY_EXIT),
+        closed_in_walk: has(flag::CLOSED_IN_WALK),
         time_wait_room: if has(flag::TIME_WAIT_COUNT_UNKNOWN) { None } else { Some(!has(flag::TIME_WAIT_FULL)) },
         in_process: has(flag::IN_PROCESS),
         shut_down: has(flag::SHUT_DOWN),

@@ -67,7 +67,7 @@ impl Ask {
     /// Enough for every host that was seen; 10 MB.
     const MOST_PROCESSES: u32 = 1 << 17;
 
-    /// As many [`Ask::slots`] as are enough for 130,000 connections a second, if they are short, and more on a large host: 17 to 67 MB.
+    /// As many [`Ask::slots`] as are enough for 130,000 sockets a second, if they are short-lived, and more on a large host: 17 to 67 MB.
     pub fn usual_slots() -> u32 {
         let processors = aya::util::online_cpus().map_or(1, |processors| processors.len());
         u32::try_from(processors.saturating_mul(1 << 13).next_power_of_two())
@@ -656,7 +656,7 @@ mod bpf {
     }
 }
 
-/// Runs the walk over every open file once; it writes what it finds into the sockets' storage.
+/// Runs the walk over every open file once; it writes what it finds into the states of the sockets.
 fn walk_open_files(ebpf: &mut Ebpf, btf: &Btf) -> Result<()> {
     let program: &mut Iter = program(ebpf, "open_files")?.try_into()?;
     program.load("task_file", btf).context("the kernel refused program iter/task_file")?;

@@ -232,7 +232,8 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
             _ = loss_check.tick(), if !full => {
                 // Should a wake-up ever be missed, this is how long it takes at most.
                 look(&mut ring, &mut connections, &mut outbox, poll_at, writer.is_slow());
-                if losses.check(&kernel, &mut outbox.events)? {
+                // A few find no slot for other reasons, and would find none behind a walk.
+                if losses.check(&kernel, &mut outbox.events)? > u64::from(options.ask.slots / 256) {
                     walker.hurry();
                 }
                 ask = Some((reporter::Ask::Check, moment(losses.missed, &sockstat, None)));
@@ -254,8 +255,8 @@ async fn trace(options: Options, host: preflight::Host, broker: Option<Arc<Broke
 
     // What was written up to now still counts; nothing is added to it.
     let reconciled = outbox.books.compare(&kernel, 20);
-    walker.end();
     kernel.detach();
+    walker.end();
     let now = Instant::now();
     // One of the programs may still be at work on another CPU: until all that they have counted is here.
     let mut attempts = 100;
@@ -418,10 +419,11 @@ struct Losses {
 }
 
 impl Losses {
-    /// Answers whether more sockets found their slot taken.
-    fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<bool> {
+    /// Answers how many more sockets found their slot taken.
+    fn check(&mut self, kernel: &Kernel, events: &mut Vec<Event>) -> Result<u64> {
         let Counters { lost, untracked, left_out, crowded } = kernel.counters()?;
-        let is_crowded = crowded > std::mem::replace(&mut self.crowded, crowded);
+        let more_crowded = crowded - self.crowded;
+        self.crowded = crowded;
         self.left_out = left_out;
         let missed = &mut self.missed;
         if untracked > missed.untracked {
@@ -437,7 +439,7 @@ impl Losses {
             missed.lost = lost;
             self.since = time;
         }
-        Ok(is_crowded)
+        Ok(more_crowded)
     }
 }
 

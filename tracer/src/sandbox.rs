@@ -186,7 +186,7 @@ fn install(program: &BpfProgram) -> Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error().into()) }
 }
 
-/// `include/uapi/linux/bpf.h`: what is done with maps and the walk over sockets while tracing.
+/// `include/uapi/linux/bpf.h`: what is done with maps, and the walks over open files and sockets, while tracing.
 const BPF_COMMANDS: [u64; 3] = [
     1,  // BPF_MAP_LOOKUP_ELEM
     2,  // BPF_MAP_UPDATE_ELEM

@@ -267,7 +267,9 @@ fn process_exit(socket: &Socket, ending: &Ending) -> bool {
 
 /// Likewise, for all that this host can tell: no process made the local close, so the kernel did, and for whom is not known.
 fn may_be_exit(socket: &Socket, ending: &Ending) -> bool {
-    socket.blind.exits && socket.closer.is_none() && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
+    (socket.blind.exits || socket.closed_in_walk)
+        && socket.closer.is_none()
+        && matches!(ending.closed_by, ClosedBy::Local | ClosedBy::Both)
 }
 
 fn unused(socket: &Socket, _: &Ending) -> bool {

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -16,7 +16,8 @@ const HURRY: Duration = Duration::from_secs(1);
 /// The thread that walks.
 pub(super) struct Walker {
     wishes: mpsc::SyncSender<()>,
-    thread: JoinHandle<()>,
+    /// Never anything but disconnected.
+    ended: mpsc::Receiver<()>,
 }
 
 /// When a walk is made.
@@ -33,11 +34,11 @@ impl Schedule {
         Self { period, next: now + period, earliest: now }
     }
 
-    /// One was made now, and took so much time of a processor: it never takes more than a hundredth.
+    /// One was made now, and took so much time of a processor: two never take more than a hundredth.
     fn made(&mut self, took: Duration) {
         let now = Instant::now();
-        self.next = now + self.period.max(took * 100);
-        self.earliest = now + HURRY.max(took * 100);
+        self.next = now + self.period.max(took * 200);
+        self.earliest = now + HURRY.max(took * 200);
     }
 }
 
@@ -48,22 +49,27 @@ impl Walker {
     /// There can be no more threads.
     pub(super) fn start(walks: Vec<Walk>, after: Duration) -> io::Result<Self> {
         let (wishes, wished) = mpsc::sync_channel(1);
-        let thread = Builder::new().name("walker".to_owned()).spawn(move || walk(&walks, after, &wished))?;
-        Ok(Self { wishes, thread })
+        let (ends, ended) = mpsc::sync_channel(0);
+        Builder::new().name("walker".to_owned()).spawn(move || {
+            let _ends = ends;
+            walk(&walks, after, &wished);
+        })?;
+        Ok(Self { wishes, ended })
     }
 
     /// Sockets find their slots taken, so those that are idle shall leave.
     pub(super) fn hurry(&self) {
-        // One wish is enough; and if the thread has panicked, its end says so.
+        // One wish is enough.
         let _ = self.wishes.try_send(());
     }
 
-    /// Ends it, after the walk that it is at.
+    /// Ends it, after the walk that it is at, or with this process.
     pub(super) fn end(self) {
-        let Self { wishes, thread } = self;
+        let Self { wishes, ended } = self;
         drop(wishes);
-        if thread.join().is_err() {
-            warn!("the thread that walks over open files has panicked");
+        // What others close while a walk has it in hand, that thread closes, and that can take long (`SO_LINGER`).
+        if ended.recv_timeout(HURRY) == Err(RecvTimeoutError::Timeout) {
+            warn!("a walk over open files is not over yet; it ends with this process");
         }
     }
 }
@@ -87,7 +93,7 @@ fn walk(walks: &[Walk], after: Duration, wished: &mpsc::Receiver<()>) {
                 continue;
             }
             let took = walk.run().unwrap_or_else(|error| {
-                warn!("sockets in CLOSE_WAIT could not be looked for: {error:#}");
+                warn!("idle sockets and those in CLOSE_WAIT could not be looked for: {error:#}");
                 Duration::ZERO
             });
             debug!("the walk over {:?} took {took:?}", walk.over);
@@ -126,6 +132,6 @@ mod tests {
         assert!(schedule.earliest >= before + HURRY && schedule.earliest < before + 2 * HURRY);
         let before = Instant::now();
         schedule.made(second / 5);
-        assert!(schedule.next >= before + 20 * second && schedule.earliest >= before + 20 * second);
+        assert!(schedule.next >= before + 40 * second && schedule.earliest >= before + 40 * second);
     }
 }

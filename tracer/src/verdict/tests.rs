@@ -33,6 +33,7 @@ fn socket() -> Socket {
         rst_received: false,
         rst_sent: false,
         closed_by_exit: false,
+        closed_in_walk: false,
         time_wait_room: Some(true),
         in_process: false,
         shut_down: false,
@@ -820,6 +821,8 @@ mod blind {
         let nobody = with(|s| s.blind = EXITS);
         assert_eq!(told(&nobody), (ClosedBy::Local, Some(How::Fin), Cause::Unknown));
         assert_eq!(told(&with(|s| (s.blind, s.closed_by_exit) = (EXITS, true))).2, Cause::ProcessExit);
+        // Nor is it where tracer made the close.
+        assert_eq!(told(&with(|s| (s.closed_in_walk, s.closer) = (true, None))).2, Cause::Unknown);
         assert_eq!(told(&with(|s| (s.blind, s.first_end) = (EXITS, ClosedBy::Remote))).2, Cause::NoReuse);
         assert_eq!(told(&with(|s| s.blind = RECEIVE)).2, Cause::NoReuse);
     }
