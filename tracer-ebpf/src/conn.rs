@@ -37,9 +37,9 @@ pub(crate) mod mark {
 /// single words whose last writer may win (`first_end` and when that was); the first sight of a socket, from wherever, is one
 /// program's alone (who sets `cookie`); and `owner` is written by whoever holds `owner_busy`.
 ///
-/// With what the kernel adds in storage (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes, all
-/// of which are cleared for each socket. There the kernel puts it 8 bytes behind the begin of a cache line, and in a slot it is so, too. That line is read by each
-/// program, so what is written for each message is not in it: see [`Http`].
+/// With what the kernel adds in storage (72 bytes) it must not be larger than 512: the next larger block of memory has 1,024 bytes,
+/// all of which are cleared for each socket. There the kernel puts it 8 bytes behind the begin of a cache line, and in a slot it is
+/// so, too. That line is read by each program, so what is written for each message is not in it: see [`Http`].
 #[repr(C)]
 pub(crate) struct Conn {
     /// 0: nobody has seen the socket yet.
@@ -140,7 +140,7 @@ pub(crate) static SEEN: PerCpuArray<Seen, 2> = PerCpuArray::new();
 /// `from` can be read and `to` written for `N` words.
 #[inline(always)]
 pub(crate) unsafe fn copy_words<const N: usize>(to: *mut u64, from: *const u64) {
-    const { assert!(N <= 48) };
+    const { assert!(N <= 56) };
     macro_rules! words {
         ($($i:literal)*) => {
             // SAFETY: by the caller's word; `N` is a constant, so each line is either one move or nothing.
@@ -148,7 +148,7 @@ pub(crate) unsafe fn copy_words<const N: usize>(to: *mut u64, from: *const u64) 
         };
     }
     words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
-        40 41 42 43 44 45 46 47);
+        40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55);
 }
 
 /// Clears `N` words.
@@ -157,7 +157,7 @@ pub(crate) unsafe fn copy_words<const N: usize>(to: *mut u64, from: *const u64) 
 /// `to` can be written for `N` words.
 #[inline(always)]
 pub(crate) unsafe fn clear_words<const N: usize>(to: *mut u64) {
-    const { assert!(N <= 48) };
+    const { assert!(N <= 56) };
     macro_rules! words {
         ($($i:literal)*) => {
             // SAFETY: by the caller's word.
@@ -165,7 +165,7 @@ pub(crate) unsafe fn clear_words<const N: usize>(to: *mut u64) {
         };
     }
     words!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 35 36 37 38 39
-        40 41 42 43 44 45 46 47);
+        40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55);
 }
 
 /// Adds one to a [`counter`].

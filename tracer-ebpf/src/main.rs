@@ -1,7 +1,8 @@
 //! The kernel programs: what the sockets of this host do in, one record for each that closed out.
 //!
-//! All state of a socket is its [`conn::Conn`], which `slot` finds: in a slot, or in the socket's own storage. Every hook adds what it alone can know; `close` writes the record. No hook changes a packet, a socket or a
-//! verdict: each `cgroup_skb` program answers "pass" on every path.
+//! All state of a socket is its [`conn::Conn`], which `slot` finds: in a slot, or in the socket's own storage. Every hook adds what it
+//! alone can know; `close` writes the record. No hook changes a packet, a socket or a verdict: each `cgroup_skb` program answers "pass"
+//! on every path.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]

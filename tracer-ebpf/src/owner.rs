@@ -6,7 +6,7 @@
 
 use aya_ebpf::btf_maps::Array;
 use aya_ebpf::cty::{c_int, c_void};
-use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_get_socket_cookie, bpf_sock_from_file};
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_from_file};
 use aya_ebpf::macros::{btf_map, btf_tracepoint};
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
@@ -216,7 +216,7 @@ pub(crate) struct TaskFile {
 }
 
 impl TaskFile {
-    /// The TCP socket that this file is, if it is one. Notes whose walk this is, before it can close a file.
+    /// The TCP socket that this file is, if it is one. Then it is noted whose walk this is, before that can close the file.
     ///
     /// # Safety
     /// The kernel made it, for the program that runs.
@@ -227,15 +227,18 @@ impl TaskFile {
         }
         // SAFETY: by the caller's word the file is held; what is read from its socket is read at BTF offsets. An aligned word of a map.
         unsafe {
-            if let Some(walker) = WALKER.get_ptr_mut(0) {
-                walker.write_volatile(bpf_get_current_pid_tgid() as u32);
-            }
             let socket = bpf_sock_from_file(self.file.cast()).cast::<c_void>();
             if socket.is_null() {
                 return None;
             }
             let sk = load!(socket, socket_sk, *mut c_void);
-            (!sk.is_null() && sock::is_tcp(sk)).then_some(sk)
+            if sk.is_null() || !sock::is_tcp(sk) {
+                return None;
+            }
+            if let Some(walker) = WALKER.get_ptr_mut(0) {
+                walker.write_volatile(load!(sock::current(), pid, u32));
+            }
+            Some(sk)
         }
     }
 }

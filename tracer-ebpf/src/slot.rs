@@ -25,6 +25,9 @@ use crate::sock;
 struct Bytes([u64; SLOT_BYTES as usize / 8]);
 const _: () = assert!(64 + size_of::<Conn>() + 8 <= SLOT_BYTES as usize);
 
+/// Of a state.
+const WORDS: usize = size_of::<Conn>() / 8;
+
 /// As many as user space asks for, a power of two.
 #[btf_map]
 static SLOTS: Array<Bytes, 1> = Array::new();
@@ -178,7 +181,7 @@ pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void, cookie: u64) -> Option<&
     // SAFETY: by the caller's word.
     unsafe {
         let known = get(sk, cookie);
-        if known.is_some() || has_ended(cookie) || !conn::ends_pass(sk) {
+        if known.is_some() || !conn::ends_pass(sk) || has_ended(cookie) {
             return known;
         }
         let made = in_storage(sk);
@@ -224,9 +227,7 @@ pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option
                     slot.tag.write_volatile(0);
                     return known;
                 }
-                let words = slot.conn.cast::<u64>();
-                clear_words::<48>(words);
-                clear_words::<{ size_of::<Conn>() / 8 - 48 }>(words.add(48));
+                clear_words::<WORDS>(slot.conn.cast());
                 // An exchange comes behind everything that was written before.
                 exchange_u64(slot.tag, cookie);
                 return slot.state();
@@ -344,9 +345,7 @@ pub(crate) unsafe fn pass_by(sk: *mut c_void, cookie: u64) {
         } else if tag == cookie | IDLE && now.saturating_sub(slot.since_ns.read_volatile()) >= IDLE_NS {
             slot.since_ns.write_volatile(now);
             let Some(conn) = in_storage(sk) else { return };
-            let (to, from) = (&raw mut *conn, slot.conn);
-            copy_words::<48>(to.cast(), from.cast());
-            copy_words::<{ size_of::<Conn>() / 8 - 48 }>(to.cast::<u64>().add(48), from.cast::<u64>().add(48));
+            copy_words::<WORDS>((&raw mut *conn).cast(), slot.conn.cast());
             let was = slot.exchange(tag, ENDED);
             if was != tag && was & !(IDLE | ENDED) == cookie {
                 bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk);

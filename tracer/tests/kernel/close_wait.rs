@@ -18,7 +18,7 @@ fn is_close_wait(event: &Value, local: u16, remote: u16) -> bool {
     event["type"] == "close_wait" && is_socket(event, local, remote)
 }
 
-fn wait_for_close_wait(tracer: &Tracer, local: u16, remote: u16) -> Value {
+pub(crate) fn wait_for_close_wait(tracer: &Tracer, local: u16, remote: u16) -> Value {
     tracer.wait_for("a close_wait event", |events| {
         events.iter().find(|event| is_close_wait(event, local, remote)).cloned()
     })

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::close_wait::wait_for_close_wait;
 use crate::floods::charged;
-use crate::rig::{Guard, Listener, Namespace, PATIENCE, Pair, Tracer, abort, expect, get, is_socket, ok, states_of};
+use crate::rig::{Guard, Listener, Namespace, PATIENCE, Pair, Tracer, abort, expect, get, ok, states_of};
 
 /// Longer than a slot is kept for a socket that has ended, and than it takes until one that is idle leaves its slot.
 const GRACE: Duration = Duration::from_millis(400);
@@ -31,23 +32,16 @@ fn expect_both_exchanges(tracer: &Tracer, (server, client): (u16, u16)) {
     let http =
         json!({ "requests": 2, "responses": 2, "method": "GET", "target": "/path", "request_connection": "close" });
     let pid = std::process::id();
+    let of_both = json!({
+        "how": "fin", "cause": "request_close", "http": http, "process": { "pid": pid, "source": "read" }, "started_before": false,
+    });
     let of_server = tracer.wait_for_close(server, client);
-    expect(
-        &of_server,
-        &json!({
-            "role": "server", "closed_by": "local", "how": "fin", "final": "time_wait", "cause": "request_close", "http": http,
-            "process": { "pid": pid, "source": "read" }, "started_before": false,
-        }),
-    );
-    assert_eq!(states_of(&of_server), ["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT"], "{of_server:#}");
     let of_client = tracer.wait_for_close(client, server);
-    expect(
-        &of_client,
-        &json!({
-            "role": "client", "closed_by": "remote", "how": "fin", "final": "closed", "cause": "request_close", "http": http,
-            "process": { "pid": pid, "source": "read" }, "started_before": false,
-        }),
-    );
+    expect(&of_server, &of_both);
+    expect(&of_client, &of_both);
+    expect(&of_server, &json!({ "role": "server", "closed_by": "local", "final": "time_wait" }));
+    expect(&of_client, &json!({ "role": "client", "closed_by": "remote", "final": "closed" }));
+    assert_eq!(states_of(&of_server), ["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT"], "{of_server:#}");
     assert_eq!(states_of(&of_client), ["SYN_SENT", "ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"], "{of_client:#}");
 }
 
@@ -193,9 +187,7 @@ fn a_leak_is_told_of_what_has_left_its_slot() {
     std::thread::sleep(IDLE);
     let (server, client) = (pair.server_port, pair.client_port);
     drop(pair.client);
-    let told = tracer.wait_for("a close_wait event", |events| {
-        events.iter().find(|event| event["type"] == "close_wait" && is_socket(event, server, client)).cloned()
-    });
+    let told = wait_for_close_wait(&tracer, server, client);
     let pid = std::process::id();
     let known =
         json!({ "process": { "pid": pid, "source": "read" }, "http": { "requests": 1 }, "started_before": false });
