@@ -4,7 +4,7 @@
 //! mini-socket is left. Here only the facts are collected that tell these cases apart; user space judges.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_probe_read_kernel};
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
@@ -71,7 +71,7 @@ unsafe fn last_seen(sk: Sock) -> Option<*mut Seen> {
 #[inline(always)]
 unsafe fn was_noted(sk: Sock, new: i32) -> bool {
     // SAFETY: by the caller's word.
-    let cookie = unsafe { bpf_get_socket_cookie(sk) };
+    let cookie = unsafe { sock::cookie(sk) };
     if new == tcp::CLOSE && slot::has_ended(cookie) {
         return true;
     }
@@ -114,7 +114,7 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
                 return;
             }
         }
-        let cookie = bpf_get_socket_cookie(sk);
+        let cookie = sock::cookie(sk);
         // At SYN_SENT a client has no port yet.
         if sock::config_filters() & filter::PORT != 0 && new != tcp::SYN_SENT {
             let (local, remote) = sock::ports(sk);
@@ -327,7 +327,7 @@ unsafe fn ended(row: u32, sk: Sock, conn: &mut Conn, old: i32, now: u64) {
 fn tcp_receive_reset(ctx: BtfTracePointContext) -> i32 {
     let sk: Sock = ctx.arg::<*mut _>(0);
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
-    if let Some(conn) = unsafe { slot::get(sk, bpf_get_socket_cookie(sk)) } {
+    if let Some(conn) = unsafe { slot::get(sk, sock::cookie(sk)) } {
         if conn.rst_seen != 0 {
             conn.flags |= flag::RST_RECEIVED;
             conn.first_end(first_end::REMOTE, conn::now());
@@ -354,7 +354,7 @@ fn tcp_send_reset(ctx: BtfTracePointContext) -> i32 {
         if !sock::is_full(sk) {
             return 0;
         }
-        let cookie = bpf_get_socket_cookie(sk);
+        let cookie = sock::cookie(sk);
         // It may follow the end at once.
         let held = slot::hold(cookie);
         if let Some(conn) = slot::get(sk, cookie) {

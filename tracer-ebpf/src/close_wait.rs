@@ -5,7 +5,6 @@
 //! makes one record in its life. In between they cost nothing.
 
 use aya_ebpf::cty::{c_int, c_void};
-use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use tracer_ebpf::kind;
 
 use crate::conn::{self, Conn, Outcome};
@@ -46,7 +45,7 @@ extern "C" fn look_at_files(ctx: *mut TaskFile) -> c_int {
     unsafe {
         if let Some(sk) = (*ctx).tcp_socket() {
             report(sk);
-            slot::pass_by(sk, bpf_get_socket_cookie(sk));
+            slot::pass_by(sk, sock::cookie(sk));
         }
     }
     0
@@ -63,7 +62,7 @@ unsafe fn report(sk: Sock) {
         if sock::state(sk) != tcp::CLOSE_WAIT {
             return;
         }
-        let cookie = bpf_get_socket_cookie(sk);
+        let cookie = sock::cookie(sk);
         let Some(conn) = slot::peek(sk, cookie) else { return };
         let now = conn::now();
         if conn.close_wait_told != 0 || now.saturating_sub(since(conn, now)) < sock::config_close_wait_ns() {

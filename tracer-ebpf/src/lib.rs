@@ -229,6 +229,8 @@ wire! {
         pub skc_bound_dev_if: u32,
         /// `sock.__sk_common.skc_flags` (the `sk_flags` word of [`Offsets::sock_done`])
         pub skc_flags: u32,
+        /// `sock.__sk_common.skc_cookie`
+        pub skc_cookie: u32,
         /// `sock.sk_protocol`
         pub sk_protocol: u32,
         /// `sock.sk_err`

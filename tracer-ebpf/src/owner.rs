@@ -6,7 +6,7 @@
 
 use aya_ebpf::btf_maps::Array;
 use aya_ebpf::cty::{c_int, c_void};
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_sock_from_file};
+use aya_ebpf::helpers::generated::bpf_sock_from_file;
 use aya_ebpf::macros::{btf_map, btf_tracepoint};
 use aya_ebpf::programs::BtfTracePointContext;
 use aya_log_ebpf::warn;
@@ -127,7 +127,7 @@ fn tcp_rcv_space_adjust(ctx: BtfTracePointContext) -> i32 {
     let sk: Sock = ctx.arg::<*mut _>(0);
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     unsafe {
-        let Some(conn) = slot::get(sk, bpf_get_socket_cookie(sk)) else { return 0 };
+        let Some(conn) = slot::get(sk, sock::cookie(sk)) else { return 0 };
         let current = sock::current();
         if conn.owner_source == source::READ && sock::is_still(&conn.owner, current) {
             return 0;
@@ -263,7 +263,7 @@ extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
         if !conn::port_passes(local, remote) {
             return 0;
         }
-        let cookie = bpf_get_socket_cookie(sk);
+        let cookie = sock::cookie(sk);
         let Some(conn) = slot::get_or_create(sk, cookie) else { return 0 };
         if conn.cookie == 0 {
             traffic::first_sight(conn, cookie, state, conn::now());

@@ -5,7 +5,7 @@
 //! code that would read it is dead to the verifier.
 
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_skc_to_tcp_sock};
+use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_get_socket_cookie, bpf_skc_to_tcp_sock};
 use tracer_ebpf::{Config, Offsets, Record, Task};
 
 use crate::conn::copy_words;
@@ -158,6 +158,31 @@ pub(crate) unsafe fn is_tcp(sk: Sock) -> bool {
 pub(crate) unsafe fn state(sk: Sock) -> i32 {
     // SAFETY: by the caller's word.
     unsafe { i32::from(load!(sk, skc_state, u8)) }
+}
+
+/// The socket's cookie, read where it is: the helper takes two calls within the kernel, for each packet. 0: it has none yet.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn known_cookie(sk: Sock) -> u64 {
+    // SAFETY: by the caller's word.
+    unsafe { load!(sk, skc_cookie, u64) }
+}
+
+/// The socket's cookie, made now if it had none.
+///
+/// # Safety
+/// As for [`is_tcp`], in a tracing program.
+#[inline(always)]
+pub(crate) unsafe fn cookie(sk: Sock) -> u64 {
+    // SAFETY: by the caller's word.
+    unsafe {
+        match known_cookie(sk) {
+            0 => bpf_get_socket_cookie(sk),
+            cookie => cookie,
+        }
+    }
 }
 
 /// Whether a process holds the socket's lock. In softirq it does not: what arrives while it is held goes to the backlog.

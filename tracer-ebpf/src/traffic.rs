@@ -7,7 +7,8 @@
 use core::mem::offset_of;
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_skb_load_bytes};
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_skb_load_bytes, bpf_skc_to_tcp_sock};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use tracer_ebpf::head::{self, EGRESS, INGRESS, clamp};
@@ -222,7 +223,7 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
         if !conn::port_passes(segment.source_port, segment.dest_port) {
             return;
         }
-        let cookie = bpf_get_socket_cookie(skb.cast());
+        let cookie = cookie(skb, sk.cast());
         let Some(conn) = slot::get_or_create(sk.cast(), cookie) else { return };
         if conn.cookie == 0 {
             first_sight(conn, cookie, (*sk).state as i32, conn::now());
@@ -245,6 +246,20 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
         if segment.len != 0 {
             scan::scan(skb, direction, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
         }
+    }
+}
+
+/// The cookie of a packet's socket, made now if it had none.
+///
+/// # Safety
+/// `skb` is the context of a `cgroup_skb` program, and `sk` its socket, checked against NULL.
+#[inline(always)]
+unsafe fn cookie(skb: *mut __sk_buff, sk: sock::Sock) -> u64 {
+    // SAFETY: by the caller's word; of a full socket the helper answers a BTF pointer.
+    unsafe {
+        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        let known = if tp.is_null() { 0 } else { sock::known_cookie(tp) };
+        if known == 0 { bpf_get_socket_cookie(skb.cast()) } else { known }
     }
 }
 

@@ -80,6 +80,7 @@ impl Types {
             skc_net: offset("sock", "__sk_common.skc_net.net")?,
             skc_bound_dev_if: offset("sock", "__sk_common.skc_bound_dev_if")?,
             skc_flags: offset("sock", "__sk_common.skc_flags")?,
+            skc_cookie: offset("sock", "__sk_common.skc_cookie")?,
             sk_protocol: offset("sock", "sk_protocol")?,
             sk_err: offset("sock", "sk_err")?,
             sk_shutdown: offset("sock", "sk_shutdown")?,
