@@ -3,7 +3,7 @@
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use tracer_ebpf::head::{self, Http, INGRESS, MAX_STEPS, STRETCH_WORDS, Window};
+use tracer_ebpf::head::{self, Http, INGRESS, MAX_STEPS, Window};
 use tracer_ebpf::role;
 
 fn main() {
@@ -17,14 +17,6 @@ fn segment(http: &mut Http, seq: u32, bytes: &[u8]) {
     head::begin(&mut window, at, bytes.len() as u32);
     let mut finished = false;
     for _ in 0..MAX_STEPS {
-        if let Some(at) = head::is_in_long_line(http, INGRESS, &window) {
-            let mut words = [0u64; STRETCH_WORDS];
-            let bytes = &bytes[at as usize..at as usize + STRETCH_WORDS * 8];
-            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-                *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-            }
-            head::pass(http, INGRESS, &mut window, head::stretch(&words));
-        }
         if let Some((at, n)) = head::refill(http, INGRESS, &mut window) {
             let (at, n) = (at as usize, n as usize);
             bytemuck::cast_slice_mut::<u64, u8>(&mut window.words)[..n].copy_from_slice(&bytes[at..at + n]);

@@ -338,14 +338,10 @@ wire! {
         pub full_target: u32,
         /// Inode number of tracer's own network namespace; 0: not known.
         pub netns: u32,
-        /// Not 0: this kernel's verifier accepts no read of a stack that was not written before.
-        pub clear_stack: u32,
         /// The number of `SLOTS`, a power of two, less one.
         pub slot_mask: u32,
         /// Where in each of `SLOTS` a socket's state begins: 8 to 64, a multiple of 8.
         pub slot_at: u32,
-        #[doc(hidden)]
-        pub _pad: u32,
     }
 }
 

@@ -14,7 +14,6 @@ use aya_ebpf::{
 };
 use tracer_ebpf::head::{self, Http, Window};
 
-use crate::conn::clear_words;
 use crate::sock;
 
 /// What one step of the loop is given.
@@ -22,12 +21,26 @@ use crate::sock;
 struct Context {
     skb: *mut __sk_buff,
     http: *mut Http,
+    window: *mut Window,
     payload_at: u32,
     direction: u32,
-    window: Window,
     /// 1: done; 0: the steps did not suffice, or the payload could not be read.
     finished: u64,
 }
+
+/// For the bytes that are looked at: the stack has no room.
+#[repr(C)]
+struct Buffer {
+    /// 1: a program reads there.
+    busy: u32,
+    window: Window,
+}
+
+/// For each CPU, one for what is received and one for what is sent; and further ones where a program was interrupted or, as
+/// newer kernels do, preempted, while it read.
+const BUFFERS: u32 = 8;
+#[btf_map]
+static WINDOWS: PerCpuArray<Buffer, { BUFFERS as usize }> = PerCpuArray::new();
 
 /// Scans `len` bytes of payload that begin at `payload_at` of the packet and at `seq` of the stream.
 ///
@@ -86,6 +99,13 @@ pub(crate) unsafe fn exchange(word: *mut u32, value: u32) -> u32 {
     value
 }
 
+/// Clears a word, behind everything that was written before: for who comes next on this CPU.
+#[inline(always)]
+unsafe fn give_back(word: *mut u32) {
+    // SAFETY: a store to the word, which the caller vouches for. In assembly, across which the compiler moves no access to memory.
+    unsafe { core::arch::asm!("*(u32 *)({0} + 0) = {1}", in(reg) word, in(wreg) 0u32, options(nostack)) };
+}
+
 /// [`exchange`] for a word of 64 bits.
 #[inline(always)]
 pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
@@ -95,34 +115,63 @@ pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
     value
 }
 
-/// The turns of the scanner, with the window in this stack frame.
+/// One that nobody else uses until `busy` is cleared.
+#[inline(always)]
+fn buffer(direction: usize) -> Option<*mut Buffer> {
+    let buffer = WINDOWS.get_ptr_mut(direction as u32 & 1)?;
+    // SAFETY: an aligned word of the map.
+    if unsafe { exchange(&raw mut (*buffer).busy, 1) } == 0 {
+        return Some(buffer);
+    }
+    WINDOWS.get_ptr_mut(another_buffer())
+}
+
+/// The number of one that is free, and was taken; [`BUFFERS`] if there is none.
+#[inline(never)]
+fn another_buffer() -> u32 {
+    macro_rules! buffers {
+        ($($i:literal)*) => { $(
+            if let Some(buffer) = WINDOWS.get_ptr_mut($i)
+                // SAFETY: an aligned word of the map.
+                && unsafe { exchange(&raw mut (*buffer).busy, 1) } == 0
+            {
+                return $i;
+            }
+        )* };
+    }
+    buffers!(2 3 4 5 6 7);
+    BUFFERS
+}
+
+/// The turns of the scanner.
 ///
 /// # Safety
 /// As for [`scan`]; the caller has what [`head::enter`] answered.
 #[inline(always)]
 unsafe fn run(skb: *mut __sk_buff, direction: usize, payload_at: u32, at: u32, len: u32, http: &mut Http) {
+    let Some(buffer) = buffer(direction) else {
+        head::leave(http, direction, false);
+        return;
+    };
     let mut context = core::mem::MaybeUninit::<Context>::uninit();
     let context = context.as_mut_ptr();
-    // SAFETY: every field of `context` is written before it is read, but for words of the window behind what was filled. The
-    // scanner may read these, and any value of them gives the same answer. That they were not written the compiler cannot know:
-    // the address of `context` goes to helpers and to functions of their own. Volatile words: an array copy becomes a loop.
+    // SAFETY: every field of `context` is written before it is read; the buffer is this program's own. Words of the window behind
+    // what was filled are of an earlier one: the scanner may read these, and any value of them gives the same answer.
     unsafe {
         (*context).skb = skb;
         (*context).http = http;
+        (*context).window = &raw mut (*buffer).window;
         (*context).payload_at = payload_at;
         (*context).direction = direction as u32;
         (*context).finished = 0;
-        let window = &raw mut (*context).window;
-        if sock::config_clear_stack() {
-            clear_words::<{ head::WINDOW / 8 }>((&raw mut (*window).words).cast::<u64>());
-        }
-        head::begin(&mut *window, at, len);
+        head::begin(&mut (*buffer).window, at, len);
         // Most segments need but one turn. It is cheaper outside of the loop.
         if turn(context) == 0 {
             bpf_loop(head::MAX_STEPS, step as *mut c_void, context.cast(), 0);
         }
         let finished = (&raw const (*context).finished).read_volatile() != 0;
         head::leave(http, direction, finished);
+        give_back(&raw mut (*buffer).busy);
     }
 }
 
@@ -145,11 +194,7 @@ unsafe fn turn(context: *mut Context) -> i64 {
     unsafe {
         let http = &mut *(*context).http;
         let direction = (*context).direction as usize;
-        let window = &raw mut (*context).window;
-        if let Some(at) = head::is_in_long_line(http, direction, &*window) {
-            let passed = stretch((*context).skb, direction as u32, (*context).payload_at + at);
-            head::pass(http, direction, &mut *window, passed);
-        }
+        let window = (*context).window;
         if let Some((at, n)) = head::refill(http, direction, &mut *window) {
             let words = (&raw mut (*window).words).cast();
             if bpf_skb_load_bytes((*context).skb.cast(), (*context).payload_at + at, words, bounded(n)) != 0 {
@@ -161,42 +206,6 @@ unsafe fn turn(context: *mut Context) -> i64 {
         }
         (&raw mut (*context).finished).write_volatile(1);
         1
-    }
-}
-
-/// A place for a stretch of a long line. The stack has none.
-#[repr(C)]
-struct Stretch {
-    /// 1: somebody reads it.
-    busy: u32,
-    words: [u64; head::STRETCH_WORDS],
-}
-
-/// For what is received and for what is sent.
-#[btf_map]
-static STRETCHES: PerCpuArray<Stretch, 2> = PerCpuArray::new();
-
-/// [`head::stretch`] of the packet from `at` on, which must have as many bytes.
-///
-/// # Safety
-/// `skb` is the context of the running program.
-#[inline(never)]
-unsafe fn stretch(skb: *mut __sk_buff, direction: u32, at: u32) -> u32 {
-    let Some(place) = STRETCHES.get_ptr_mut(direction) else { return 0 };
-    // SAFETY: a slot of this CPU, which only the holder of `busy` uses.
-    unsafe {
-        let busy = &raw mut (*place).busy;
-        if exchange(busy, 1) != 0 {
-            // It was interrupted by this program.
-            return 0;
-        }
-        let words = &raw mut (*place).words;
-        let mut passed = 0;
-        if bpf_skb_load_bytes(skb.cast(), at, words.cast(), head::STRETCH_WORDS as u32 * 8) == 0 {
-            passed = head::stretch(&*words);
-        }
-        exchange(busy, 0);
-        passed
     }
 }
 

@@ -27,10 +27,8 @@ static CONFIG: Config = Config {
     states: 0,
     full_target: 0,
     netns: 0,
-    clear_stack: 1,
     slot_mask: 0,
     slot_at: 8,
-    _pad: 0,
 };
 
 /// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
@@ -70,12 +68,6 @@ pub(crate) fn config_states() -> bool {
 #[inline(always)]
 pub(crate) fn config_full_target() -> bool {
     frozen(&CONFIG.full_target) != 0
-}
-
-/// Whether the stack must be written before it is read, or partly filled by a helper.
-#[inline(always)]
-pub(crate) fn config_clear_stack() -> bool {
-    frozen(&CONFIG.clear_stack) != 0
 }
 
 /// The number of slots less one.

@@ -307,10 +307,8 @@ impl<'a> Object<'a> {
             },
             // Without `/proc` it is not known, and nothing is counted for it.
             netns: time_wait::own_namespace().unwrap_or(0),
-            clear_stack: (!preflight::reads_any_stack()).into(),
             slot_mask: slots - 1,
             slot_at: layout.slot_at,
-            _pad: 0,
         };
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
@@ -430,7 +428,7 @@ impl Kernel {
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
         let ledger = PerCpuArray::try_from(take(&mut ebpf, "LEDGER")?)?;
         // Holds heads as they came. It is the programs' alone: who reads records must not be able to look there.
-        drop(take(&mut ebpf, "STRETCHES")?);
+        drop(take(&mut ebpf, "WINDOWS")?);
         // Likewise with what will be records.
         drop(take(&mut ebpf, "SLOTS")?);
         let kernel = Self { ebpf: Some(ebpf), counters, ledger, hooks: attached, degraded, blind };

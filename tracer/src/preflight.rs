@@ -267,12 +267,6 @@ pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-/// Whether the verifier lets privileged programs read parts of their stack that were not written. By the version, as nothing else
-/// tells: 6.1 does not, 6.12 does. Where it may not, they are written first, which costs a few nanoseconds.
-pub(crate) fn reads_any_stack() -> bool {
-    version(&kernel_release()).is_some_and(|version| version >= (6, 12))
-}
-
 /// The first two numbers of a release.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);

@@ -10,9 +10,7 @@
 //! | `0xfc` | the direction is lost, or missed by another CPU |
 //! | `0xfb` | the segment that follows is dropped by TCP: what it sends for these bytes later need not be the same |
 
-use super::head::{
-    self, EGRESS, Exchange, Http, INGRESS, MAX_STEPS, STRETCH_WORDS, TARGET, WINDOW, Window, bit, protocol, token,
-};
+use super::head::{self, EGRESS, Exchange, Http, INGRESS, MAX_STEPS, TARGET, WINDOW, Window, bit, protocol, token};
 use super::reader::{Head, Reader};
 
 /// The smallest head: `M / HTTP/1.1`, or `HTTP/1.1 200`, and two line ends.
@@ -30,14 +28,6 @@ pub fn segment(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
     let mut finished = false;
     for turn in 0..MAX_STEPS {
         assert!(turn as usize <= bytes.len() * 2, "a step takes a byte, or is followed by one that does");
-        if let Some(at) = head::is_in_long_line(http, direction, &window) {
-            let mut words = [0u64; STRETCH_WORDS];
-            let bytes = &bytes[at as usize..at as usize + STRETCH_WORDS * 8];
-            for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-                *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-            }
-            head::pass(http, direction, &mut window, head::stretch(&words));
-        }
         if let Some((at, n)) = head::refill(http, direction, &mut window) {
             let (at, n) = (at as usize, n as usize);
             assert!(n > 0 && n <= WINDOW && at + n <= bytes.len(), "the window leaves the segment");
