@@ -115,9 +115,9 @@ pub const INGRESS: usize = 0;
 /// The direction of what the socket sends.
 pub const EGRESS: usize = 1;
 
-/// Bytes of payload that the window is filled with at most: all of many heads. (What is filled in vain is the body's, and seldom in the
-/// cache: with 512 a run took 10 to 40 ns more.)
-const FILL: u32 = 320;
+/// Bytes of payload that the window is filled with at most: all of most heads. What is filled in vain is the body's, which may be in no
+/// cache.
+const FILL: u32 = 512;
 /// Likewise in a line of no interest, which is passed over in blocks.
 pub const WINDOW: usize = 1024;
 /// Bytes that are searched at once.
