@@ -125,6 +125,8 @@ const REACH: usize = 64;
 const WINDOW_WORDS: usize = (WINDOW + REACH) / 8;
 /// What is looked at lies up to here: [`REACH`] bytes follow.
 const LAST_POSITION: u32 = (WINDOW - 1) as u32;
+// Masks are made of it.
+const _: () = assert!(WINDOW.is_power_of_two() && FILL as usize > REACH && FILL as usize <= WINDOW);
 
 /// The bytes of a segment that [`step`] reads, and how far it is. It does not belong to the socket, whose state two
 /// processors share: what is written here is no other's.
@@ -139,14 +141,13 @@ pub struct Window {
     filled: u32,
     /// The last position in the window that may be looked at: what is filled goes on for [`REACH`] bytes, or to the segment's end.
     last: u32,
-    _pad: u32,
-    /// To be filled where [`refill`] says so. Behind what is filled may be anything.
+    /// To be filled where [`refill`] says so. Behind what is filled may be anything, another connection's head as well.
     pub words: [u64; WINDOW_WORDS],
 }
 
 impl Window {
     /// With nothing in it.
-    pub const EMPTY: Self = Self { at: 0, len: 0, from: 0, filled: 0, last: 0, _pad: 0, words: [0; WINDOW_WORDS] };
+    pub const EMPTY: Self = Self { at: 0, len: 0, from: 0, filled: 0, last: 0, words: [0; WINDOW_WORDS] };
 }
 
 /// Longest head that is followed (RFC 9112 names no limit; common servers stop at 8 to 64 KiB).
@@ -701,11 +702,10 @@ pub fn begin(window: &mut Window, at: u32, len: u32) {
     window.len = len;
     window.from = at;
     window.filled = 0;
-    window.last = 0;
 }
 
 /// Whether the window must be filled before the next [`step`]: from which byte of the segment, and with how many bytes
-/// (1 to [`WINDOW`]).
+/// (1 to [`WINDOW`], more in a line of no interest than elsewhere).
 #[inline(always)]
 pub fn refill(http: &mut Http, direction: usize, window: &mut Window) -> Option<(u32, u32)> {
     let s = stream(http, direction);
@@ -909,7 +909,7 @@ fn glance(http: &mut Http, direction: usize, window: &mut Window) -> bool {
         }
         // The target, SP and version, CR and LF.
         let used = behind + 11;
-        if len == 0 || end != b' ' || used > left || behind >= LAST_POSITION {
+        if len == 0 || end != b' ' || used > left {
             return false;
         }
         let version = bytes.add(inside(behind + 1));
@@ -984,7 +984,7 @@ const BLOCK_BYTES: u32 = BLOCK as u32 * 8;
 /// verifier knows nothing.
 #[cfg_attr(target_arch = "bpf", unsafe(no_mangle))]
 #[inline(never)]
-extern "C" fn head_stretch(window: *mut Window) -> u32 {
+extern "C" fn head_stretch(window: *const Window) -> u32 {
     if window.is_null() {
         return 0;
     }

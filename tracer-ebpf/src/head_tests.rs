@@ -627,6 +627,58 @@ fn long_heads() {
     assert!(c.has(bit::REQUESTS_LOST));
 }
 
+/// Of long messages, the window's end comes anywhere.
+#[test]
+fn wherever_the_window_ends() {
+    // In a skipped line; in or between short ones; in what is not ASCII.
+    let fillers: [fn(usize) -> String; 3] = [
+        |n| format!("X: {}\r\n", "x".repeat(n)),
+        |n| format!("{}Y: {}\r\n", "a:\r\n".repeat(n / 4), "y".repeat(n % 4)),
+        |n| format!("X: {}{}\r\n", "é".repeat(n / 2), "x".repeat(n % 2)),
+    ];
+    let (fill, passed) = (FILL as usize, WINDOW);
+    for end in [fill, passed, fill + passed] {
+        for n in end - 220..end + 8 {
+            for filler in fillers {
+                let filler = filler(n);
+                let requests = format!(
+                    "POST /a HTTP/1.1\r\n{filler}cOnnection: foo,\r\n close\r\nContent-Length: 5\r\nCookie: c\r\n\r\nabcde\
+                     GET /b?q HTTP/1.1\r\nConnection: keep-alive\r\n\r\n"
+                );
+                let responses = format!(
+                    "HTTP/1.1 200 OK\r\n{filler}Keep-Alive: timeout=5, max=9\r\nTransfer-Encoding: chunked\r\n\
+                     Connection: close\r\n\r\n3\r\nabc\r\n0\r\n\r\nHTTP/1.0 404 N\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                );
+                let whole = {
+                    let mut c = Connection::new(SERVER);
+                    c.send::<IN>(&requests).send::<OUT>(&responses);
+                    c
+                };
+                let mut cut = Connection::new(SERVER);
+                for (direction, bytes) in [(IN, &requests), (OUT, &responses)] {
+                    for part in bytes.as_bytes().chunks(61) {
+                        cut.send_to(direction, part);
+                    }
+                }
+                assert_eq!(bytes_of(&whole.x()), bytes_of(&cut.x()), "{filler}");
+                let x = whole.x();
+                assert_eq!((x.requests, x.responses, x.status, target(&x)), (2, 2, 404, &b"/b"[..]), "{filler}");
+                assert_eq!((x.request_connection, x.response_connection), (KEEP_ALIVE, CLOSE), "{filler}");
+            }
+        }
+        // In a target, behind it, and in a reason.
+        for n in end - 100..end + 100 {
+            let long = "r".repeat(n);
+            let x = request(format!("GET /a?{long} HTTP/1.1\r\nConnection: close\r\n\r\n")).x();
+            assert_eq!((x.requests, target(&x), x.request_connection), (1, &b"/a"[..], CLOSE));
+            let x = request(format!("GET /{long} HTTP/1.1\r\nConnection: close\r\n\r\n")).x();
+            assert_eq!((x.requests, x.target_len as usize, x.request_connection), (1, TARGET, CLOSE));
+            let x = response(format!("HTTP/1.1 200 {long}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")).x();
+            assert_eq!((x.responses, x.status, x.response_connection), (1, 200, CLOSE));
+        }
+    }
+}
+
 #[test]
 fn other_protocols() {
     let first = |role, direction, bytes: &[u8]| {

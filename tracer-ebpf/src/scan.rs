@@ -37,7 +37,7 @@ struct Buffer {
 }
 
 /// For each CPU, one for what is received and one for what is sent; and further ones where a program was interrupted or, as
-/// newer kernels do, preempted, while it read.
+/// newer kernels do, preempted, while it read. With none left the segment is not looked at, and its direction lost.
 const BUFFERS: u32 = 8;
 #[btf_map]
 static WINDOWS: PerCpuArray<Buffer, { BUFFERS as usize }> = PerCpuArray::new();
@@ -99,13 +99,6 @@ pub(crate) unsafe fn exchange(word: *mut u32, value: u32) -> u32 {
     value
 }
 
-/// Clears a word, behind everything that was written before: for who comes next on this CPU.
-#[inline(always)]
-unsafe fn give_back(word: *mut u32) {
-    // SAFETY: a store to the word, which the caller vouches for. In assembly, across which the compiler moves no access to memory.
-    unsafe { core::arch::asm!("*(u32 *)({0} + 0) = {1}", in(reg) word, in(wreg) 0u32, options(nostack)) };
-}
-
 /// [`exchange`] for a word of 64 bits.
 #[inline(always)]
 pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
@@ -113,6 +106,13 @@ pub(crate) unsafe fn exchange_u64(word: *mut u64, value: u64) -> u64 {
     // SAFETY: an exchange of a register and the word, which the caller vouches for.
     unsafe { core::arch::asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) value, in(reg) word, options(nostack)) };
     value
+}
+
+/// Clears a word, behind everything that was written before: for who comes next on this CPU.
+#[inline(always)]
+unsafe fn give_back(word: *mut u32) {
+    // SAFETY: a store to the word, which the caller vouches for. In assembly, across which the compiler moves no access to memory.
+    unsafe { core::arch::asm!("*(u32 *)({0} + 0) = {1}", in(reg) word, in(wreg) 0u32, options(nostack)) };
 }
 
 /// One that nobody else uses until `busy` is cleared.

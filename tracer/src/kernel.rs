@@ -427,7 +427,7 @@ impl Kernel {
         let looks_until = Array::try_from(take(&mut ebpf, "LOOKS_UNTIL")?)?;
         let counters = PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)?;
         let ledger = PerCpuArray::try_from(take(&mut ebpf, "LEDGER")?)?;
-        // Holds heads as they came. It is the programs' alone: who reads records must not be able to look there.
+        // Holds payload as it came. It is the programs' alone: who reads records must not be able to look there.
         drop(take(&mut ebpf, "WINDOWS")?);
         // Likewise with what will be records.
         drop(take(&mut ebpf, "SLOTS")?);

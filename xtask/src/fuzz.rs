@@ -14,8 +14,8 @@ const CARGO_FUZZ: &str = "0.13.2";
 
 /// Where a target is, its name, and what libFuzzer needs for it.
 const TARGETS: [(&str, &str, &[&str]); 6] = [
-    ("tracer-ebpf", "head", &["-dict=http.dict", "-max_len=1024"]),
-    ("tracer-ebpf", "differential", &["-dict=http.dict", "-max_len=1024"]),
+    ("tracer-ebpf", "head", &["-dict=http.dict", "-max_len=4096"]),
+    ("tracer-ebpf", "differential", &["-dict=http.dict", "-max_len=4096"]),
     ("tracer", "records", &["-max_len=4096"]),
     ("tracer", "recording", &["-max_len=4096"]),
     ("tracer", "proc", &["-dict=proc.dict", "-max_len=1024"]),

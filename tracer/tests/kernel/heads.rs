@@ -1,10 +1,13 @@
 //! Heads as they really arrive: cut anywhere, huge, pipelined, repeated, or no heads at all.
 
 use std::io::{Read as _, Write as _};
+use std::ops::Range;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::rig::{Listener, Pair, Tracer, expect, get, ok};
+use crate::leftovers::held_by;
+use crate::rig::{Listener, Pair, Tracer, expect, get, ok, run};
 
 /// Sends pieces one by one, each in a segment of its own.
 fn in_pieces(pair: &mut Pair, from_client: bool, bytes: &[u8], size: usize) {
@@ -297,4 +300,78 @@ fn many_requests_on_one_connection() {
     }) {
         expect(&record, &json!({ "cause": "no_reuse", "http": { "requests": MANY, "responses": MANY } }));
     }
+}
+
+/// The map where the programs of a tracer have what they look at. For each processor there are eight windows, of which the first
+/// bytes say whether a program has taken it.
+struct Windows {
+    id: String,
+    size: u64,
+}
+
+impl Windows {
+    fn of(tracer: &Tracer) -> Self {
+        let show = |kind: &str, id: &str| bpftool(&[kind, "show", "id", id]);
+        let programs = held_by(tracer.pid()).into_iter().filter(|(kind, _)| *kind == "prog");
+        let mut programs = programs.map(|(_, id)| show("prog", &id.to_string()));
+        let packets = programs.find(|program| program["name"] == "packets").expect("tracer holds its programs");
+        let mut maps =
+            packets["map_ids"].as_array().expect("it has maps").iter().map(|id| show("map", &id.to_string()));
+        let map = maps.find(|map| map["name"] == "WINDOWS").expect("it has windows");
+        Self { id: map["id"].to_string(), size: map["bytes_value"].as_u64().expect("a number") }
+    }
+
+    /// Takes some, or gives them back, on all processors.
+    fn set(&self, which: Range<u8>, taken: bool) {
+        let value = vec!["0"; self.size as usize - 1];
+        for window in which {
+            let (window, first) = (window.to_string(), u8::from(taken).to_string());
+            let mut bpftool = Command::new("bpftool");
+            bpftool
+                .args(["map", "update", "id", &self.id, "key", &window, "0", "0", "0", "value", &first])
+                .args(&value);
+            run(&mut bpftool);
+        }
+    }
+
+    /// How many are taken on the first processor.
+    fn taken(&self) -> usize {
+        let dump = bpftool(&["map", "dump", "id", &self.id]);
+        let windows = dump.as_array().expect("it is a list");
+        assert_eq!(windows.len(), 8);
+        windows.iter().filter(|window| window["values"][0]["value"][0] != "0x00").count()
+    }
+}
+
+fn bpftool(args: &[&str]) -> Value {
+    serde_json::from_str(&run(Command::new("bpftool").arg("--json").args(args))).expect("JSON")
+}
+
+#[test]
+fn without_a_window_a_head_is_unobserved() {
+    let listener = Listener::new();
+    let tracer = Tracer::on_port(listener.port);
+    let windows = Windows::of(&tracer);
+    let expect_both = |wanted: &Value| {
+        let mut pair = listener.connect();
+        pair.request(get("Connection: close\r\n"));
+        pair.respond(ok(""));
+        let (server, client) = pair.server_closes_first();
+        expect(&tracer.wait_for_close(server, client), wanted);
+        expect(&tracer.wait_for_close(client, server), wanted);
+    };
+    let seen =
+        json!({ "cause": "request_close", "http": { "requests": 1, "responses": 1, "request_connection": "close" } });
+    expect_both(&seen);
+    assert_eq!(windows.taken(), 0);
+    // Another one is taken, and given back.
+    windows.set(0..2, true);
+    expect_both(&seen);
+    assert_eq!(windows.taken(), 2);
+    windows.set(2..8, true);
+    expect_both(&json!({ "cause": "unknown", "protocol": "unobserved", "http": null }));
+    assert_eq!(windows.taken(), 8);
+    windows.set(0..8, false);
+    expect_both(&seen);
+    tracer.stop();
 }
