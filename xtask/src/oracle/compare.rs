@@ -113,14 +113,13 @@ pub(crate) fn compare(record: &Value, connection: &Connection, end: End, reused:
             }
         })
         .collect();
-    let idle_us = &record["idle_us"];
-    let fits = match (idle_us.as_u64(), connection.idle_us()) {
-        (Some(said), Some(seen)) => about(seen)[0] <= said && said <= about(seen)[2],
+    let (idle_us, seen) = (&record["idle_us"], connection.idle_us(end, SLACK_US));
+    let fits = match idle_us.as_u64() {
+        Some(said) => seen.iter().any(|seen| said.abs_diff(*seen) <= SLACK_US),
         // A socket that had already ended need not have taken what the capture shows.
-        (None, Some(_)) => connection.was_reset() && rx_bytes == 0 && sent.stream.is_empty(),
-        (said, None) => said.is_none(),
+        None => seen.is_empty() || connection.was_reset() && rx_bytes == 0 && sent.stream.is_empty(),
     };
-    comparison.check("idle_us", idle_us, fits, || json!(connection.idle_us()));
+    comparison.check("idle_us", idle_us, fits, || json!(seen));
     compare_http(&mut comparison, record, connection, &readings);
     compare_cause(&mut comparison, record, connection, end, &readings);
 
@@ -268,12 +267,9 @@ fn compare_http(comparison: &mut Comparison, record: &Value, connection: &Connec
     }
 }
 
-/// What tracer may say of a time: it and the capture look at their clocks one after the other, on a machine that has other
-/// things to do.
-fn about(us: u64) -> [u64; 3] {
-    const SLACK_US: u64 = 100_000;
-    [us.saturating_sub(SLACK_US), us, us + SLACK_US]
-}
+/// By so much may what tracer says of a time differ: it and the capture look at their clocks one after the other, on a machine that has
+/// other things to do.
+const SLACK_US: u64 = 100_000;
 
 /// The cause follows from the other fields, by the rules of the contract: here from the packets' reading of them.
 fn compare_cause(comparison: &mut Comparison, record: &Value, connection: &Connection, end: End, readings: &[Reading]) {
@@ -290,8 +286,12 @@ fn compare_cause(comparison: &mut Comparison, record: &Value, connection: &Conne
         causes.insert("process_exit");
     }
     // A RST may also come when all is over.
-    for idle_us in about(connection.idle_us().unwrap_or(0)) {
-        causes.extend(readings.iter().map(|reading| cause(reading, idle_us)));
+    let mut idle_us = connection.idle_us(end, SLACK_US);
+    if idle_us.is_empty() {
+        idle_us.push(0);
+    }
+    for about in idle_us.into_iter().flat_map(|us| [us.saturating_sub(SLACK_US), us, us + SLACK_US]) {
+        causes.extend(readings.iter().map(|reading| cause(reading, about)));
     }
     let unobserved = record["cause"] == "unknown" && comparison.unobserved != 0;
     comparison.check("cause", &record["cause"], unobserved || is_one_of(&causes, &record["cause"]), || json!(causes));

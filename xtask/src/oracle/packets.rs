@@ -119,15 +119,25 @@ pub(crate) struct Connection {
     from_server: Half,
     /// The server answered the SYN.
     pub(crate) answered: bool,
-    /// The last new payload before the first FIN or RST, and that.
-    payload_us: Option<u64>,
-    ended_us: Option<u64>,
+    /// New payload before the first FIN or RST, and that: when, and who sent it.
+    payload: Vec<(u64, End)>,
+    ended: Option<(u64, End)>,
 }
 
 impl Connection {
-    /// From the last payload to the first FIN or RST.
-    pub(crate) fn idle_us(&self) -> Option<u64> {
-        Some(self.ended_us?.saturating_sub(self.payload_us?))
+    /// From the last payload to the first FIN or RST: what this may be to `end`. If that has ended the connection, then what the
+    /// capture shows up to `slack_us` before may have come to its socket only after that.
+    pub(crate) fn idle_us(&self, end: End, slack_us: u64) -> Vec<u64> {
+        let mut idle_us = Vec::new();
+        let Some((ended_us, by)) = self.ended else { return idle_us };
+        for (at_us, from) in self.payload.iter().rev() {
+            let idle = ended_us.saturating_sub(*at_us);
+            idle_us.push(idle);
+            if by != end || *from == end || idle > slack_us {
+                break;
+            }
+        }
+        idle_us
     }
 
     pub(crate) const fn sent_by(&self, end: End) -> &Half {
@@ -230,11 +240,11 @@ impl Connection {
         half.messages.extend(segment.messages);
         let length = u32::try_from(segment.payload.len()).unwrap_or(u32::MAX);
         let is_new = length != 0 && half.take(offset, segment.payload);
-        if is_new && self.ended_us.is_none() {
-            self.payload_us = Some(segment.time_us);
+        if is_new && self.ended.is_none() {
+            self.payload.push((segment.time_us, from));
         }
         if segment.flags & (FIN | RST) != 0 {
-            self.ended_us.get_or_insert(segment.time_us);
+            self.ended.get_or_insert((segment.time_us, from));
         }
         let half = self.half(from);
         let end = || EndSegment { at, offset: offset.wrapping_add(length), ack };
@@ -320,8 +330,8 @@ pub(crate) fn connections(capture: &Path, ports: RangeInclusive<u16>) -> Result<
                     from_client: Half::default(),
                     from_server: Half::default(),
                     answered: false,
-                    payload_us: None,
-                    ended_us: None,
+                    payload: Vec::new(),
+                    ended: None,
                 });
             }
         }
