@@ -5,6 +5,7 @@
 //! counts, of throughput the median of what was kept against the time without anything right before and after. Program
 //! runs are timed in rounds of their own, since that costs, too. Stdout goes to a pipe that is read at once, for all alike.
 
+mod against;
 mod contender;
 mod floor;
 mod load;
@@ -49,6 +50,10 @@ pub(crate) struct Options {
     /// Instead: how many instructions does each step of the daemon take?
     #[arg(long)]
     steps: bool,
+    /// Instead: what does this tracer take, compared with the one in that file? To a hundredth, where other figures move by tens of
+    /// percent
+    #[arg(long, value_name = "TRACER", conflicts_with_all = ["scale", "stall", "rings", "steps", "all"])]
+    against: Option<PathBuf>,
     /// All of it
     #[arg(long, conflicts_with_all = ["scale", "stall", "rings", "steps"])]
     all: bool,
@@ -96,6 +101,9 @@ fn run(options: &Options, report: &mut Report) -> Result<()> {
     let types = Types::read()?;
     let tracer = workspace::target_dir().join("release/tracer");
     let mut bench = Bench::new(&load, &tracer, directory.path(), &types, report)?;
+    if let Some(other) = &options.against {
+        return bench.against(other);
+    }
     if options.all || !(options.scale || options.stall || options.rings) {
         bench.compare()?;
     }
