@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::leftovers::held_by;
+use crate::leftovers::{bpftool, held_by};
 use crate::rig::{Listener, Pair, Tracer, expect, get, ok, run};
 
 /// Sends pieces one by one, each in a segment of its own.
@@ -341,10 +341,6 @@ impl Windows {
         assert_eq!(windows.len(), 8);
         windows.iter().filter(|window| window["values"][0]["value"][0] != "0x00").count()
     }
-}
-
-fn bpftool(args: &[&str]) -> Value {
-    serde_json::from_str(&run(Command::new("bpftool").arg("--json").args(args))).expect("JSON")
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::Command;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::rig::{Listener, Tracer, get, ok, wait_until};
+use crate::rig::{Listener, Tracer, get, ok, run, wait_until};
 
 /// Programs, maps and links that a process holds, as `bpftool` names them.
 pub(crate) fn held_by(pid: u32) -> BTreeSet<(&'static str, u32)> {
@@ -22,6 +22,14 @@ pub(crate) fn held_by(pid: u32) -> BTreeSet<(&'static str, u32)> {
         }
     }
     held
+}
+
+/// What `bpftool` says of something that is there.
+///
+/// # Panics
+/// It fails.
+pub(crate) fn bpftool(args: &[&str]) -> Value {
+    serde_json::from_str(&run(Command::new("bpftool").arg("--json").args(args))).expect("JSON")
 }
 
 /// Whether the kernel still has it.

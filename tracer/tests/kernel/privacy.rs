@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -14,8 +14,8 @@ use serde_json::Value;
 use tracer::kernel::{Ask, Attached, Kernel};
 use tracer::preflight::{self, Host};
 
-use crate::leftovers::held_by;
-use crate::rig::{Guard, Listener, Pair, abort, run, tracer, wait_until};
+use crate::leftovers::{bpftool, held_by};
+use crate::rig::{Guard, Listener, Pair, abort, tracer, wait_until};
 
 /// Lies where nothing may leave the kernel, repeated: so each part of five bytes or more is one of four.
 const SECRET: &str = "Wk3~";
@@ -69,10 +69,10 @@ fn memory(ring: &impl std::os::fd::AsFd) -> Vec<u8> {
 fn maps(pid: u32) -> Vec<u8> {
     let mut all = Vec::new();
     for (_, id) in held_by(pid).into_iter().filter(|(kind, _)| *kind == "map") {
-        let bpftool = |does: &str| run(Command::new("bpftool").args(["--json", "map", does, "id", &id.to_string()]));
-        let map: Value = serde_json::from_str(&bpftool("show")).expect("JSON");
+        let id = id.to_string();
+        let map = bpftool(&["map", "show", "id", &id]);
         if map["type"] != "ringbuf" && map["type"] != "sk_storage" {
-            bytes_in(&serde_json::from_str(&bpftool("dump")).expect("JSON"), &mut all);
+            bytes_in(&bpftool(&["map", "dump", "id", &id]), &mut all);
         }
     }
     all
