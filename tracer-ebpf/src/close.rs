@@ -25,6 +25,7 @@ fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
         if let Some(seen) = last_seen(sk) {
             (&raw mut (*seen).sk).write_volatile(sk as u64);
             (&raw mut (*seen).change).write_volatile(change(old, new));
+            (&raw mut (*seen).cookie).write_volatile(sock::known_cookie(sk));
         }
         transition(&ctx, ledger::row(0, sk), sk, old, new);
     }
@@ -40,8 +41,12 @@ fn inet_sock_set_state_nested(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     unsafe {
         let Some(seen) = last_seen(sk) else { return 0 };
+        let cookie = (&raw const (*seen).cookie).read_volatile();
+        // The cookie, because what the first one left may be of long ago, if this one was kept from that transition; and another socket
+        // may be at that address by now.
         if (&raw const (*seen).sk).read_volatile() == sk as u64
             && (&raw const (*seen).change).read_volatile() == change(old, new)
+            && (cookie == 0 || cookie == sock::known_cookie(sk))
         {
             (&raw mut (*seen).sk).write_volatile(0);
         } else if !was_noted(sk, new) {
@@ -191,13 +196,11 @@ unsafe fn transition(ctx: &BtfTracePointContext, row: u32, sk: Sock, old: i32, n
                 // TCP has had that RST, and did not take it: nothing waits in the backlog now.
                 conn.rst_seen = 0;
             }
-            if let Some((rcv_nxt, snd_una)) = sock::progress(sk) {
-                traffic::established(conn, rcv_nxt, snd_una);
-            }
+            let (rcv_nxt, snd_una) = sock::progress(sk);
+            traffic::established(conn, rcv_nxt, snd_una);
         }
-        if new == tcp::FIN_WAIT1
-            && let Some((rcv_nxt, _)) = sock::progress(sk)
-        {
+        if new == tcp::FIN_WAIT1 {
+            let (rcv_nxt, _) = sock::progress(sk);
             head::closes(&mut conn.http, rcv_nxt);
         }
         if old != new || conn.states_len == 0 {

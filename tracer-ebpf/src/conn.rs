@@ -91,6 +91,8 @@ pub(crate) struct Seen {
     pub(crate) sk: u64,
     /// The states before and after it.
     pub(crate) change: u64,
+    /// Its socket's cookie; 0: it had none yet.
+    pub(crate) cookie: u64,
 }
 
 /// The ring buffer's size where user space asks for no other.
@@ -334,13 +336,11 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
     // At the end only: what is settled stays so, and before it what is missing may still come.
     if kind == kind::CLOSE {
         // SAFETY: by the caller's word.
-        if let Some((rcv_nxt, snd_una)) = unsafe { sock::progress(sk) } {
-            // Behind the peer's FIN nothing comes that TCP would have taken.
-            let closed = matches!(old, tcp::FIN_WAIT1 | tcp::FIN_WAIT2)
-                && conn.flags & flag::FIN_RECEIVED == 0
-                && conn.older == 0;
-            head::settle(&mut conn.http, rcv_nxt, snd_una, closed);
-        }
+        let (rcv_nxt, snd_una) = unsafe { sock::progress(sk) };
+        // Behind the peer's FIN nothing comes that TCP would have taken.
+        let closed =
+            matches!(old, tcp::FIN_WAIT1 | tcp::FIN_WAIT2) && conn.flags & flag::FIN_RECEIVED == 0 && conn.older == 0;
+        head::settle(&mut conn.http, rcv_nxt, snd_una, closed);
     }
     let Some(mut entry) = RING.reserve(0) else {
         count(counter::LOST);
@@ -367,8 +367,9 @@ pub(crate) unsafe fn emit(sk: sock::Sock, conn: &mut Conn, kind: u8, old: i32, n
         (*record).first_end = conn.first_end;
         // While somebody writes the owner (see `owner::own`) nobody can say who it is.
         let settled = (&raw const conn.owner_busy).read_volatile() == 0;
-        (*record).owner_source = if settled { conn.owner_source } else { tracer_ebpf::source::NONE };
-        (*record)._pad = [0; 7];
+        let source = if settled { conn.owner_source } else { tracer_ebpf::source::NONE };
+        // With `_pad`, which would be written byte by byte.
+        (&raw mut (*record).owner_source).cast::<u64>().write_volatile(source.into());
         copy_words::<{ size_of::<tracer_ebpf::head::Exchange>() / 8 }>(
             (&raw mut (*record).http).cast(),
             (&raw const conn.http.exchange).cast(),

@@ -239,6 +239,8 @@ wire! {
         pub sk_shutdown: u32,
         /// `sock.sk_lock.owned`
         pub sk_lock_owned: u32,
+        /// `sock.sk_bpf_storage`
+        pub sk_bpf_storage: u32,
         /// `inet_sock.inet_sport`
         pub inet_sport: u32,
         /// `tcp_sock.rcv_nxt`
@@ -317,6 +319,15 @@ pub const PREFIXES: usize = 1024;
 /// Entries of the `NETNS` map.
 pub const NAMESPACES: usize = 256;
 
+/// Marks of calls that cast a socket: no argument of the helper that they call, so user space finds them by these, and puts another call
+/// there where the kernel has one that costs nothing.
+pub mod cast_to {
+    /// A BTF pointer to a `struct sock`.
+    pub const SOCK: i32 = 0x7ca5_7000;
+    /// Likewise to a `struct tcp_sock`.
+    pub const TCP_SOCK: i32 = 0x7ca5_7001;
+}
+
 /// Size of one of `SLOTS`.
 pub const SLOT_BYTES: u32 = 512;
 
@@ -391,3 +402,6 @@ pub mod book {
 const _: () = assert!(book::Column::ListenersHere as usize + 1 == book::COLUMNS);
 const _: () = assert!(size_of::<Task>() == 32);
 const _: () = assert!(size_of::<Record>().is_multiple_of(8));
+// Written as one word.
+const _: () = assert!(core::mem::offset_of!(Record, owner_source).is_multiple_of(8));
+const _: () = assert!(core::mem::offset_of!(Record, owner_source) + 8 == core::mem::offset_of!(Record, http));

@@ -86,7 +86,7 @@ unsafe fn rcv_nxt(skb: *mut __sk_buff) -> Option<u32> {
         if sk.is_null() {
             return None;
         }
-        sock::progress(sk.cast()).map(|(rcv_nxt, _)| rcv_nxt)
+        sock::rcv_nxt(sk.cast())
     }
 }
 

@@ -211,7 +211,7 @@ pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void, cookie: u64) -> Option<&
 /// before.)
 ///
 /// # Safety
-/// As for [`get`]; no other transition of this socket is at work.
+/// `sk` is a BTF pointer to a `struct sock`, and `cookie` is its own; no other transition of this socket is at work.
 #[inline(always)]
 pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option<&'a mut Conn> {
     // SAFETY: by the caller's word; who has claimed a slot is alone with it.
@@ -222,7 +222,7 @@ pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option
                 return slot.state();
             }
             if slot.is_free(tag, now) && slot.retag(tag, cookie | CLAIMED) {
-                let known = storage(sk, 0);
+                let known = if sock::has_storage(sk) { storage(sk, 0) } else { None };
                 if known.is_some() {
                     slot.tag.write_volatile(0);
                     return known;
@@ -309,7 +309,7 @@ pub(crate) fn hold(cookie: u64) -> bool {
 /// Forgets the state of a socket, if it has one.
 ///
 /// # Safety
-/// As for [`get`].
+/// As for [`claim`].
 #[inline(always)]
 pub(crate) unsafe fn delete(sk: *mut c_void, cookie: u64) {
     if let Some(slot) = slot(cookie) {
@@ -324,7 +324,11 @@ pub(crate) unsafe fn delete(sk: *mut c_void, cookie: u64) {
         }
     }
     // SAFETY: by the caller's word. It fails where there was nothing to forget.
-    unsafe { bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk) };
+    unsafe {
+        if sock::has_storage(sk) {
+            bpf_sk_storage_delete((&raw const SOCKETS).cast_mut().cast(), sk);
+        }
+    }
 }
 
 /// A walk passes by a socket: if no program has asked for its state since the one before, that moves from its slot into storage.

@@ -6,7 +6,7 @@
 
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_get_socket_cookie, bpf_skc_to_tcp_sock};
-use tracer_ebpf::{Config, Offsets, Record, Task};
+use tracer_ebpf::{Config, Offsets, Record, Task, cast_to};
 
 use crate::conn::copy_words;
 
@@ -177,6 +177,55 @@ pub(crate) unsafe fn cookie(sk: Sock) -> u64 {
     }
 }
 
+/// Makes a BTF pointer of a socket: calls the helper `bpf_skc_to_tcp_sock`, with a mark ([`cast_to`]) by which user space
+/// finds the call. Where the kernel has `bpf_rdonly_cast`, it puts that in its place: a call within the kernel is dear, and this one is
+/// compiled to a move.
+///
+/// # Safety
+/// As for the helper; and the socket is what the mark says, or nothing is read there but what all sockets have.
+#[inline(always)]
+unsafe fn cast<const MARK: i32>(sk: Sock) -> *mut c_void {
+    const BPF_FUNC_SKC_TO_TCP_SOCK: u32 = 137;
+    let out: u64;
+    // SAFETY: the call, and the registers that it may change. It reads the first argument only.
+    unsafe {
+        core::arch::asm!(
+            "r2 = {mark}",
+            "call {helper}",
+            mark = const MARK,
+            helper = const BPF_FUNC_SKC_TO_TCP_SOCK,
+            inout("r1") sk => _,
+            lateout("r0") out,
+            lateout("r2") _,
+            lateout("r3") _,
+            lateout("r4") _,
+            lateout("r5") _,
+            options(nostack)
+        );
+    }
+    out as *mut c_void
+}
+
+/// `__sk_buff.sk` as a BTF pointer to a `struct sock`; NULL if it is of no TCP socket and this kernel has no `bpf_rdonly_cast`.
+///
+/// # Safety
+/// `sk` is `__sk_buff.sk` checked against NULL.
+#[inline(always)]
+pub(crate) unsafe fn of_packet(sk: Sock) -> Sock {
+    // SAFETY: by the caller's word.
+    unsafe { cast::<{ cast_to::SOCK }>(sk) }
+}
+
+/// A socket as a BTF pointer to a `struct tcp_sock`. It is never NULL, but a verifier need not know that.
+///
+/// # Safety
+/// `sk` is a BTF pointer to a `struct sock`, which is a full TCP one.
+#[inline(always)]
+unsafe fn tcp_sock(sk: Sock) -> *mut c_void {
+    // SAFETY: by the caller's word.
+    unsafe { cast::<{ cast_to::TCP_SOCK }>(sk) }
+}
+
 /// Whether a process holds the socket's lock. In softirq it does not: what arrives while it is held goes to the backlog.
 /// So where this is true the current task is the one that makes a system call on the socket.
 ///
@@ -186,6 +235,16 @@ pub(crate) unsafe fn cookie(sk: Sock) -> u64 {
 pub(crate) unsafe fn locked_by_process(sk: Sock) -> bool {
     // SAFETY: by the caller's word.
     unsafe { load!(sk, sk_lock_owned, u32) != 0 }
+}
+
+/// Whether anybody has put something into the socket's storage: to ask for one's own is a call.
+///
+/// # Safety
+/// As for [`is_tcp`].
+#[inline(always)]
+pub(crate) unsafe fn has_storage(sk: Sock) -> bool {
+    // SAFETY: by the caller's word.
+    unsafe { load!(sk, sk_bpf_storage, u64) != 0 }
 }
 
 /// # Safety
@@ -286,7 +345,7 @@ const MAPPED: u64 = 0xffff_0000;
 /// Both addresses and the network namespace; `None` if `sk` is no full TCP socket.
 ///
 /// # Safety
-/// As for [`progress`].
+/// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
 #[inline(always)]
 pub(crate) unsafe fn ends(sk: Sock) -> Option<Ends> {
     // SAFETY: by the caller's word; of a full socket the helper answers a BTF pointer.
@@ -319,24 +378,36 @@ fn is_mapped(address: [u64; 2]) -> bool {
     address[0] == 0 && address[1] & 0xffff_ffff == MAPPED
 }
 
-/// The next sequence number expected from the peer, and the first one that it has not acknowledged; `None` if `sk` is no
-/// full TCP socket.
+/// The next sequence number expected from the peer, and the first one that it has not acknowledged.
 ///
 /// # Safety
-/// As for [`is_tcp`], or `sk` is `__sk_buff.sk` checked against NULL.
+/// As for [`tcp_sock`].
 #[inline(always)]
-pub(crate) unsafe fn progress(sk: Sock) -> Option<(u32, u32)> {
+pub(crate) unsafe fn progress(sk: Sock) -> (u32, u32) {
+    // SAFETY: by the caller's word.
+    unsafe {
+        let tp = tcp_sock(sk);
+        if tp.is_null() { (0, 0) } else { (load!(tp, rcv_nxt, u32), load!(tp, snd_una, u32)) }
+    }
+}
+
+/// The next sequence number expected from the peer; `None` if `sk` is no full TCP socket.
+///
+/// # Safety
+/// `sk` is `__sk_buff.sk` checked against NULL.
+#[inline(always)]
+pub(crate) unsafe fn rcv_nxt(sk: Sock) -> Option<u32> {
     // SAFETY: by the caller's word.
     unsafe {
         let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
-        if tp.is_null() { None } else { Some((load!(tp, rcv_nxt, u32), load!(tp, snd_una, u32))) }
+        if tp.is_null() { None } else { Some(load!(tp, rcv_nxt, u32)) }
     }
 }
 
 /// Whether TCP may take a byte with this sequence number: it has not received it yet, and has granted a window for it.
 ///
 /// # Safety
-/// As for [`progress`].
+/// As for [`rcv_nxt`].
 #[inline(always)]
 pub(crate) unsafe fn expects(sk: Sock, seq: u32) -> bool {
     // SAFETY: by the caller's word.
@@ -349,7 +420,7 @@ pub(crate) unsafe fn expects(sk: Sock, seq: u32) -> bool {
 /// Whether what arrives has to wait in the backlog, because a process holds the socket's lock.
 ///
 /// # Safety
-/// As for [`progress`].
+/// As for [`rcv_nxt`].
 #[inline(always)]
 pub(crate) unsafe fn backlogs(sk: Sock) -> bool {
     // SAFETY: by the caller's word.
@@ -363,12 +434,12 @@ pub(crate) unsafe fn backlogs(sk: Sock) -> bool {
 /// not when the application ends it in CLOSING or LAST_ACK.
 ///
 /// # Safety
-/// As for [`is_tcp`].
+/// As for [`tcp_sock`].
 #[inline(always)]
 pub(crate) unsafe fn all_acknowledged(sk: Sock) -> bool {
     // SAFETY: by the caller's word.
     unsafe {
-        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        let tp = tcp_sock(sk);
         !tp.is_null() && load!(tp, snd_una, u32) == load!(tp, write_seq, u32)
     }
 }
@@ -402,7 +473,7 @@ pub(crate) unsafe fn time_wait_table(sk: Sock) -> TimeWaitTable {
 /// Writes addresses, ports, namespace, byte counts and error of `sk` into `record`.
 ///
 /// # Safety
-/// As for [`is_tcp`]; `record` may be written.
+/// As for [`tcp_sock`]; `record` may be written.
 #[inline(always)]
 pub(crate) unsafe fn describe(sk: Sock, record: *mut Record) {
     // SAFETY: by the caller's word; every store is to a member of `record`.
@@ -426,7 +497,7 @@ pub(crate) unsafe fn describe(sk: Sock, record: *mut Record) {
         (*record).sk_err = sk_err(sk) as u16;
         let net = load!(sk, skc_net, *mut c_void);
         (*record).netns = load!(net, net_inum, u32);
-        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        let tp = tcp_sock(sk);
         if tp.is_null() {
             (*record).local_port = 0;
             (*record).rx_bytes = 0;

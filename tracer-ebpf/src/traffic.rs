@@ -7,8 +7,7 @@
 use core::mem::offset_of;
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_skb_load_bytes, bpf_skc_to_tcp_sock};
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_jiffies64, bpf_skb_load_bytes};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use tracer_ebpf::head::{self, EGRESS, INGRESS, clamp};
@@ -255,10 +254,10 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
 /// `skb` is the context of a `cgroup_skb` program, and `sk` its socket, checked against NULL.
 #[inline(always)]
 unsafe fn cookie(skb: *mut __sk_buff, sk: sock::Sock) -> u64 {
-    // SAFETY: by the caller's word; of a full socket the helper answers a BTF pointer.
+    // SAFETY: by the caller's word.
     unsafe {
-        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
-        let known = if tp.is_null() { 0 } else { sock::known_cookie(tp) };
+        let sk = sock::of_packet(sk);
+        let known = if sk.is_null() { 0 } else { sock::known_cookie(sk) };
         if known == 0 { bpf_get_socket_cookie(skb.cast()) } else { known }
     }
 }

@@ -310,6 +310,15 @@ impl<'a> Object<'a> {
             slot_mask: slots - 1,
             slot_at: layout.slot_at,
         };
+        // The loader wants it aligned.
+        let mut object = vec![0u64; OBJECT.len().div_ceil(8)];
+        let object = &mut bytemuck::cast_slice_mut(&mut object)[..OBJECT.len()];
+        object.copy_from_slice(OBJECT);
+        match layout.cast.map(|cast| (cast, bpf::accepts(&cast.trial()))) {
+            Some((cast, Ok(()))) => cast.put_into(object),
+            Some((_, Err(error))) => debug!("the programs are slower: this kernel refuses bpf_rdonly_cast ({error})"),
+            None => debug!("the programs are slower: this kernel has no bpf_rdonly_cast"),
+        }
         let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF")?;
         let mut ebpf = EbpfLoader::new()
             .btf(Some(&btf))
@@ -319,7 +328,7 @@ impl<'a> Object<'a> {
             .map_max_entries("RING", ask.ring_bytes)
             .map_max_entries("SLOTS", slots)
             .map_max_entries("PIDS", if ask.pids.is_empty() { 1 } else { ask.most_processes })
-            .load(OBJECT)
+            .load(object)
             .context("cannot create the maps of the kernel programs")?;
         fill(&mut ebpf, "NETNS", &ask.netns.iter().map(|netns| (*netns, 1u8)).collect::<Vec<_>>())?;
         fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
@@ -589,15 +598,27 @@ impl Walk {
     }
 }
 
-/// The `bpf` system call where aya does not make it: an iterator over one map, and one that is run more than once.
+/// The `bpf` system call where aya does not make it: an iterator over one map, one that is run more than once, and a program on trial.
 mod bpf {
     use std::io;
     use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
-    /// `include/uapi/linux/bpf.h`: commands, and an attach type.
+    /// `include/uapi/linux/bpf.h`: commands, an attach type, and a program's type.
+    const BPF_PROG_LOAD: libc::c_int = 5;
     const BPF_LINK_CREATE: libc::c_int = 28;
     const BPF_ITER_CREATE: libc::c_int = 33;
     const BPF_TRACE_ITER: u32 = 28;
+    const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
+
+    /// The beginning of `union bpf_attr` for a program.
+    #[repr(C)]
+    struct ProgLoad {
+        prog_type: u32,
+        insn_cnt: u32,
+        /// Addresses of the instructions, and of a string.
+        insns: u64,
+        license: u64,
+    }
 
     /// `link_create` of `union bpf_attr`, for an iterator.
     #[repr(C)]
@@ -636,6 +657,20 @@ mod bpf {
                 _pad: 0,
             },
         )
+    }
+
+    /// Whether the kernel accepts a program for packets, which is gone at once.
+    pub(super) fn accepts(instructions: &[[u8; 8]]) -> io::Result<()> {
+        call(
+            BPF_PROG_LOAD,
+            &ProgLoad {
+                prog_type: BPF_PROG_TYPE_CGROUP_SKB,
+                insn_cnt: instructions.len() as u32,
+                insns: instructions.as_ptr() as u64,
+                license: c"GPL".as_ptr() as u64,
+            },
+        )
+        .map(drop)
     }
 
     pub(super) fn iterator(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {
@@ -678,7 +713,26 @@ fn run_walk(mut walk: File) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use tracer_ebpf::cast_to;
+
     use super::*;
+    use crate::cast::Cast;
+
+    #[test]
+    fn the_programs_cast_in_a_way_that_can_be_replaced() {
+        let replaced = |cast: Cast| {
+            let mut object = OBJECT.to_vec();
+            cast.put_into(&mut object);
+            object.iter().zip(OBJECT).filter(|(new, old)| new != old).count()
+        };
+        // Of each cast that is found at least the call is another.
+        let nowhere = Cast { function: 137, sock: cast_to::SOCK as u32, tcp_sock: cast_to::TCP_SOCK as u32 };
+        let calls = replaced(nowhere);
+        assert!(calls >= 2, "{calls}");
+        for other in [Cast { sock: !nowhere.sock, ..nowhere }, Cast { tcp_sock: !nowhere.tcp_sock, ..nowhere }] {
+            assert!(replaced(other) > calls, "{other:?}");
+        }
+    }
 
     #[test]
     fn each_port_has_its_bit() {

@@ -7,6 +7,7 @@ compile_error!("tracer is for little-endian machines: so are its kernel programs
 
 pub mod alert;
 pub mod broker;
+pub mod cast;
 pub mod cli;
 pub mod connection;
 pub mod decode;

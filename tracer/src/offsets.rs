@@ -7,6 +7,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use btf_rs::{Btf, BtfType, Type};
 use tracer_ebpf::Offsets;
 
+use crate::cast::Cast;
+
 /// The kernel's own types.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
@@ -25,6 +27,8 @@ pub struct Layout {
     pub bears_storage_walk: bool,
     /// Where in a slot a socket's state is to be, so that it begins 8 bytes behind a cache line: [`tracer_ebpf::Config::slot_at`].
     pub slot_at: u32,
+    /// How a socket can be cast without a call; before 6.2 it cannot.
+    pub cast: Option<Cast>,
 }
 
 /// The kernel's types.
@@ -48,7 +52,7 @@ impl Types {
     pub fn layout(&self) -> Result<Layout> {
         let bears_storage_walk = self.member("bpf_local_storage_elem", "map_node").is_ok()
             && self.member("bpf_local_storage_elem", "state").is_err();
-        Ok(Layout { offsets: self.offsets()?, bears_storage_walk, slot_at: self.slot_at() })
+        Ok(Layout { offsets: self.offsets()?, bears_storage_walk, slot_at: self.slot_at(), cast: self.cast() })
     }
 
     /// Slots are elements of an array map. The first one lies behind its `struct bpf_array`, which begins with a page. Where that is not
@@ -58,6 +62,18 @@ impl Types {
         let first = self.member("bpf_array", "value").unwrap_or(0);
         // The tag is before the state.
         8 + (LINE - first % LINE) % LINE
+    }
+
+    fn cast(&self) -> Option<Cast> {
+        let id = |name: &str, is_it: fn(&Type) -> bool| {
+            let ids = self.0.resolve_ids_by_name(name).ok()?;
+            ids.into_iter().find(|id| self.0.resolve_type_by_id(*id).is_ok_and(|found| is_it(&found)))
+        };
+        Some(Cast {
+            function: id("bpf_rdonly_cast", |found| matches!(found, Type::Func(_)))?,
+            sock: id("sock", |found| matches!(found, Type::Struct(_)))?,
+            tcp_sock: id("tcp_sock", |found| matches!(found, Type::Struct(_)))?,
+        })
     }
 
     /// Resolves every member of [`Offsets`].
@@ -85,6 +101,7 @@ impl Types {
             sk_err: offset("sock", "sk_err")?,
             sk_shutdown: offset("sock", "sk_shutdown")?,
             sk_lock_owned: offset("sock", "sk_lock.owned")?,
+            sk_bpf_storage: offset("sock", "sk_bpf_storage")?,
             inet_sport: offset("inet_sock", "inet_sport")?,
             rcv_nxt: offset("tcp_sock", "rcv_nxt")?,
             rcv_wnd: offset("tcp_sock", "rcv_wnd")?,

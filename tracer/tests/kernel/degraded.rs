@@ -22,7 +22,7 @@ use tracer::preflight::{self, Host, exit};
 use tracer::process::Processes;
 use tracer::time_wait::SockDiag;
 
-use crate::features::{STORAGE_WALK, leaves_storage_walk};
+use crate::features::{STORAGE_WALK, is_without_storage_walk, leaves_storage_walk};
 use crate::peer::{ACK, FIN, PSH, RST, Segment, Wire};
 use crate::rig::{
     Guard, Listener, Namespace, PATIENCE, Tracer, abort, end_of, expect, free_port, get, in_mounts_where, is_socket,
@@ -71,7 +71,8 @@ impl Blinded {
         let attach = || Kernel::attach_to(&hooks_without(missing), &ask, &host.cgroup, &host.layout).expect("attached");
         let attached = std::thread::scope(|scope| scope.spawn(attach).join().expect("it does not panic"));
         let kernel = &attached.kernel;
-        let left_alone = (!host.layout.bears_storage_walk).then_some(STORAGE_WALK);
+        let is_without = !host.layout.bears_storage_walk || is_without_storage_walk();
+        let left_alone = is_without.then_some(STORAGE_WALK);
         let missing: Vec<_> = missing.iter().copied().chain(left_alone).collect();
         let wanted: Vec<_> =
             kernel::hooks(false).iter().map(|hook| hook.name).filter(|hook| !missing.contains(hook)).collect();
@@ -339,7 +340,7 @@ fn doctor_says_what_tracing_says() {
         })
         .collect();
     let others = hooks.iter().map(|hook| hook.name).filter(|hook| !MISSING.contains(hook));
-    let others = others.filter(|hook| *hook != STORAGE_WALK || !leaves_storage_walk());
+    let others = others.filter(|hook| *hook != STORAGE_WALK || !is_without_storage_walk());
     for other in others {
         let mut findings = report["findings"].as_array().expect("a list").iter();
         assert!(findings.any(|finding| finding["name"] == other && finding["status"] == "ok"), "{other}: {report:#}");
@@ -374,6 +375,15 @@ fn more_processes_than_are_followed_are_counted_or_refused() {
     assert!(refusal.message.contains("there are 7 processes") && refusal.message.contains("4 at most"), "{refusal}");
     parent.tell("end");
     parent.ends();
+}
+
+/// As on a kernel before 6.2: then a helper casts sockets, and what is told is the same.
+#[test]
+fn without_bpf_rdonly_cast() {
+    let mut host = preflight::check().unwrap_or_else(|refusal| panic!("{refusal}"));
+    host.layout.cast = None;
+    let listener = Listener::new();
+    Blinded::on(&host, &[], vec![listener.port]).tells_a_close(&listener);
 }
 
 /// As on a kernel that a walk over the storage of sockets can crash.
@@ -440,6 +450,6 @@ fn without_inet_sock_set_state_it_refuses() {
     let tried = kernel::try_each(&hooks, &ask, &host.cgroup, &host.layout).expect("the maps can be created");
     let failed: Vec<_> =
         hooks.iter().zip(&tried).filter(|(_, tried)| tried.is_err()).map(|(hook, _)| hook.name).collect();
-    let left_alone = leaves_storage_walk().then_some(STORAGE_WALK);
+    let left_alone = is_without_storage_walk().then_some(STORAGE_WALK);
     assert_eq!(failed, ["tp_btf/inet_sock_set_state"].into_iter().chain(left_alone).collect::<Vec<_>>());
 }

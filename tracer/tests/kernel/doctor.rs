@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::features::{STORAGE_WALK, degraded, leaves_storage_walk, verdict};
+use crate::features::{STORAGE_WALK, degraded, is_without_storage_walk, verdict};
 use crate::rig::{Listener, PATIENCE, copy_executable, expect, tracer};
 use crate::unit::under_the_filters_without;
 
@@ -77,7 +77,7 @@ const HOOKS: [&str; 11] = [
 
 /// What is said of a finding where nothing is missing that this kernel can have.
 fn usual(name: &str) -> &'static str {
-    if name == STORAGE_WALK && leaves_storage_walk() { "degraded" } else { "ok" }
+    if name == STORAGE_WALK && is_without_storage_walk() { "degraded" } else { "ok" }
 }
 
 #[test]

@@ -89,7 +89,8 @@ fn is_lacking(feature: &str, found: bool, release: &str, version: (u32, u32)) ->
 #[track_caller]
 pub(crate) fn lacks(feature: &str, found: bool) -> bool {
     let (release, version) = &*RELEASE;
-    if !is_lacking(feature, found, release, *version) {
+    let is_refused = feature == STORAGE_WALK && !found && *REFUSES_STORAGE_WALK;
+    if !is_refused && !is_lacking(feature, found, release, *version) {
         return false;
     }
     let thread = std::thread::current();
@@ -98,22 +99,81 @@ pub(crate) fn lacks(feature: &str, found: bool) -> bool {
     true
 }
 
-/// Whether tracer leaves the walk over the storage of all sockets alone on this kernel. Then it says on each start that it does.
+/// Whether tracer leaves the walk over the storage of all sockets alone on this kernel, for its version.
 pub(crate) fn leaves_storage_walk() -> bool {
     may_lack(STORAGE_WALK, RELEASE.1)
 }
+
+/// Whether it does without that walk on this kernel. Then it says so on each start.
+pub(crate) fn is_without_storage_walk() -> bool {
+    leaves_storage_walk() || *REFUSES_STORAGE_WALK
+}
+
+/// Whether this kernel is one that refuses any program for that walk (`EPERM`), as some do that are built for guests.
+static REFUSES_STORAGE_WALK: LazyLock<bool> = LazyLock::new(|| {
+    /// `BPF_PROG_LOAD`, and the beginning of its `union bpf_attr` (`include/uapi/linux/bpf.h`).
+    const LOAD: i32 = 5;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+        prog_btf_fd: u32,
+        func_info_rec_size: u32,
+        func_info: u64,
+        func_info_cnt: u32,
+        line_info_rec_size: u32,
+        line_info: u64,
+        line_info_cnt: u32,
+        attach_btf_id: u32,
+    }
+    const TRACING: u32 = 26;
+    const TRACE_ITER: u32 = 28;
+    // r0 = 0; exit
+    const NOTHING: [u64; 2] = [0xb7, 0x95];
+    let btf = btf_rs::Btf::from_file("/sys/kernel/btf/vmlinux").expect("types");
+    let target = btf.resolve_ids_by_name("bpf_iter_bpf_sk_storage_map").unwrap_or_default();
+    let load = Load {
+        prog_type: TRACING,
+        insn_cnt: NOTHING.len() as u32,
+        insns: NOTHING.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        expected_attach_type: TRACE_ITER,
+        attach_btf_id: target.first().copied().unwrap_or_default(),
+        ..Load::default()
+    };
+    // SAFETY: the kernel reads `load`, of the size that it is told, and what it points to; what it answers is new, and nobody else has it.
+    unsafe {
+        let program = libc::syscall(libc::SYS_bpf, LOAD, &raw const load, size_of::<Load>());
+        let error = io::Error::last_os_error();
+        if program >= 0 {
+            drop(OwnedFd::from_raw_fd(program as i32));
+        }
+        program < 0 && error.raw_os_error() == Some(libc::EPERM)
+    }
+});
 
 /// What a `start` line says is degraded, but for what is so on every start on this kernel.
 pub(crate) fn degraded(start: &Value) -> Vec<&Value> {
     let said = start["degraded"].as_array().expect("a list");
     let always = |line: &Value| line.as_str().is_some_and(|line| line.contains(STORAGE_WALK));
-    assert_eq!(said.iter().filter(|line| always(line)).count(), usize::from(leaves_storage_walk()), "{start:#}");
+    assert_eq!(said.iter().filter(|line| always(line)).count(), usize::from(is_without_storage_walk()), "{start:#}");
     said.iter().filter(|line| !always(line)).collect()
 }
 
 /// What `tracer doctor` says of this kernel where nothing is missing that a host can have.
 pub(crate) fn verdict() -> &'static str {
-    if leaves_storage_walk() { "degraded" } else { "works" }
+    if is_without_storage_walk() { "degraded" } else { "works" }
 }
 
 /// Appends a line to a file, or else prints it. On stdout the test harness may be in the middle of a line of its own.

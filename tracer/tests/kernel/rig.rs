@@ -283,8 +283,19 @@ impl Tracer {
 
     /// Waits until `find` finds what it looks for among the events so far.
     #[track_caller]
-    pub(crate) fn wait_for<T>(&self, what: &str, mut find: impl FnMut(&[Value]) -> Option<T>) -> T {
-        let deadline = Instant::now() + *PATIENCE;
+    pub(crate) fn wait_for<T>(&self, what: &str, find: impl FnMut(&[Value]) -> Option<T>) -> T {
+        self.wait_for_at_most(*PATIENCE, what, find)
+    }
+
+    /// The same with another patience.
+    #[track_caller]
+    pub(crate) fn wait_for_at_most<T>(
+        &self,
+        patience: Duration,
+        what: &str,
+        mut find: impl FnMut(&[Value]) -> Option<T>,
+    ) -> T {
+        let deadline = Instant::now() + patience;
         let mut state = self.shared.lock();
         loop {
             if let Some(found) = find(&state.events) {
