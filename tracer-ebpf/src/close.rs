@@ -41,15 +41,15 @@ fn inet_sock_set_state_nested(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: argument 0 is a BTF pointer to a `struct sock`.
     unsafe {
         let Some(seen) = last_seen(sk) else { return 0 };
+        let address = (&raw const (*seen).sk).read_volatile();
         let cookie = (&raw const (*seen).cookie).read_volatile();
-        // The cookie, because what the first one left may be of long ago, if this one was kept from that transition; and another socket
-        // may be at that address by now.
-        if (&raw const (*seen).sk).read_volatile() == sk as u64
+        // Used up, whatever comes of it. All the same it may be of long ago, if this program was kept from that transition, and another
+        // socket may be at that address by now: hence the cookie.
+        (&raw mut (*seen).sk).write_volatile(0);
+        let is_noted = address == sk as u64
             && (&raw const (*seen).change).read_volatile() == change(old, new)
-            && (cookie == 0 || cookie == sock::known_cookie(sk))
-        {
-            (&raw mut (*seen).sk).write_volatile(0);
-        } else if !was_noted(sk, new) {
+            && (cookie == 0 || cookie == sock::known_cookie(sk));
+        if !is_noted && !was_noted(sk, new) {
             transition(&ctx, ledger::row(1, sk), sk, old, new);
         }
     }

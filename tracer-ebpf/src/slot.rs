@@ -233,7 +233,7 @@ pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option
                 return slot.state();
             }
         }
-        let known = storage(sk, 0);
+        let known = if sock::has_storage(sk) { storage(sk, 0) } else { None };
         if known.is_some() {
             return known;
         }

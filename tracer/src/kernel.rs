@@ -399,6 +399,17 @@ impl Kernel {
     /// # Errors
     /// As for [`Kernel::attach`].
     pub fn attach_to(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, layout: &Layout) -> Result<Attached> {
+        match Self::attach_once(hooks, ask, cgroup, layout) {
+            Err(error) if layout.cast.is_some() && !error.is::<Refusal>() => {
+                // A program on trial may be accepted, and another one not.
+                debug!("once more without bpf_rdonly_cast: {error:#}");
+                Self::attach_once(hooks, ask, cgroup, &Layout { cast: None, ..*layout })
+            }
+            attached => attached,
+        }
+    }
+
+    fn attach_once(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, layout: &Layout) -> Result<Attached> {
         let mut object = Object::new(ask, cgroup, layout)?;
         let log = EbpfLogger::init(&mut object.ebpf).context("cannot read the programs' log")?;
 
@@ -682,7 +693,7 @@ mod bpf {
         // SAFETY: the kernel reads `attributes`, of the size that it is told, and what it points to, which outlives the call.
         let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
         match i32::try_from(fd) {
-            // SAFETY: both commands answer a descriptor that nobody else has.
+            // SAFETY: each of the commands answers a descriptor that nobody else has.
             Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
             _ => Err(io::Error::last_os_error()),
         }
@@ -719,19 +730,19 @@ mod tests {
     use crate::cast::Cast;
 
     #[test]
-    fn the_programs_cast_in_a_way_that_can_be_replaced() {
-        let replaced = |cast: Cast| {
-            let mut object = OBJECT.to_vec();
-            cast.put_into(&mut object);
-            object.iter().zip(OBJECT).filter(|(new, old)| new != old).count()
+    fn each_cast_of_the_programs_can_be_replaced() {
+        let marks = |mark: i32| {
+            let argument = [&[0xb7, 2, 0, 0], &mark.to_le_bytes()[..]].concat();
+            OBJECT.windows(argument.len()).filter(|bytes| **bytes == argument).count()
         };
-        // Of each cast that is found at least the call is another.
-        let nowhere = Cast { function: 137, sock: cast_to::SOCK as u32, tcp_sock: cast_to::TCP_SOCK as u32 };
-        let calls = replaced(nowhere);
-        assert!(calls >= 2, "{calls}");
-        for other in [Cast { sock: !nowhere.sock, ..nowhere }, Cast { tcp_sock: !nowhere.tcp_sock, ..nowhere }] {
-            assert!(replaced(other) > calls, "{other:?}");
-        }
+        let (sock, tcp_sock) = (marks(cast_to::SOCK), marks(cast_to::TCP_SOCK));
+        assert!(sock > 0 && tcp_sock > 0);
+        // Such a function differs from the helper by one byte.
+        let cast = Cast { function: 137, sock: cast_to::SOCK as u32, tcp_sock: cast_to::TCP_SOCK as u32 };
+        let mut object = OBJECT.to_vec();
+        cast.put_into(&mut object);
+        let replaced = object.iter().zip(OBJECT).filter(|(new, old)| new != old).count();
+        assert_eq!(replaced, sock + tcp_sock);
     }
 
     #[test]

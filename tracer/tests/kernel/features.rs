@@ -8,15 +8,18 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::process::Command;
 use std::sync::LazyLock;
 
 use serde_json::{Value, json};
 use tracer::sandbox::{self, Support};
+use tracer_ebpf::cast_to;
 
-use crate::rig::{expect, tracer};
+use crate::leftovers::held_by;
+use crate::rig::{Listener, Tracer, expect, run, tracer};
 
 /// A feature, as `tracer doctor` names it or as [`lacks`] asks for it, and the Linux that brought it.
-const FEATURES: [(&str, (u32, u32)); 20] = [
+const FEATURES: [(&str, (u32, u32)); 21] = [
     ("kernel", (5, 17)),
     ("tp_btf/sched_process_fork", (5, 5)),
     ("tp_btf/sched_process_free", (5, 5)),
@@ -38,6 +41,7 @@ const FEATURES: [(&str, (u32, u32)); 20] = [
     ("Landlock (interface 4)", (6, 7)),
     ("Landlock (interface 6)", (6, 12)),
     (MAPS_WITHOUT_CAPABILITY, (5, 19)),
+    (CAST, (6, 2)),
 ];
 
 const SECCOMP: &str = "seccomp";
@@ -47,6 +51,9 @@ pub(crate) const STORAGE_WALK: &str = "iter/bpf_sk_storage_map";
 
 /// A process may read its own maps without `CAP_BPF`.
 pub(crate) const MAPS_WITHOUT_CAPABILITY: &str = "maps without CAP_BPF";
+
+/// By which the programs cast sockets without a call.
+const CAST: &str = "bpf_rdonly_cast";
 
 /// `uname -r`, and its first two numbers.
 static RELEASE: LazyLock<(String, (u32, u32))> = LazyLock::new(|| {
@@ -234,6 +241,22 @@ pub(crate) fn maps_without_capability() -> bool {
     asked.join().expect("it answers")
 }
 
+/// Whether of tracer's programs, as the kernel has them, none calls the helper by which a socket is cast.
+fn casts_without_calls() -> bool {
+    let listener = Listener::new();
+    let tracer = Tracer::start(&["--port", &listener.port.to_string()]);
+    let programs = held_by(tracer.pid()).into_iter().filter(|(kind, _)| *kind == "prog");
+    let marked = programs.filter(|(_, id)| {
+        let instructions = run(Command::new("bpftool").args(["prog", "dump", "xlated", "id", &id.to_string()]));
+        [cast_to::SOCK, cast_to::TCP_SOCK].iter().any(|mark| instructions.contains(&format!("r2 = {mark}\n")))
+    });
+    let marked = marked.count();
+    tracer.stop();
+    // The programs for packets and for transitions, and those that make records besides.
+    assert!(marked == 0 || marked >= 3, "{marked}");
+    marked == 0
+}
+
 #[test]
 fn this_kernel_has_what_its_version_brought() {
     let output = tracer().args(["doctor", "--json"]).output().expect("it runs");
@@ -249,6 +272,7 @@ fn this_kernel_has_what_its_version_brought() {
             Some(finding) => finding["status"] == "ok",
             None if feature == SECCOMP => seccomp.is_ok(),
             None if feature == MAPS_WITHOUT_CAPABILITY => maps_without_capability(),
+            None if feature == CAST => casts_without_calls(),
             None => {
                 let wanted: u32 =
                     feature.trim_matches(|c: char| !c.is_ascii_digit()).parse().expect("a finding, or an interface");
