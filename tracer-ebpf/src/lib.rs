@@ -322,6 +322,8 @@ pub const NAMESPACES: usize = 256;
 /// Marks of calls that cast a socket: no argument of the helper that they call, so user space finds them by these, and puts another call
 /// there where the kernel has one that costs nothing.
 pub mod cast_to {
+    /// The number of that helper, `bpf_skc_to_tcp_sock`.
+    pub const HELPER: u32 = 137;
     /// A BTF pointer to a `struct sock`.
     pub const SOCK: i32 = 0x7ca5_7000;
     /// Likewise to a `struct tcp_sock`.

@@ -222,7 +222,7 @@ pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option
                 return slot.state();
             }
             if slot.is_free(tag, now) && slot.retag(tag, cookie | CLAIMED) {
-                let known = if sock::has_storage(sk) { storage(sk, 0) } else { None };
+                let known = stored(sk);
                 if known.is_some() {
                     slot.tag.write_volatile(0);
                     return known;
@@ -233,7 +233,7 @@ pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option
                 return slot.state();
             }
         }
-        let known = if sock::has_storage(sk) { storage(sk, 0) } else { None };
+        let known = stored(sk);
         if known.is_some() {
             return known;
         }
@@ -269,6 +269,16 @@ pub(crate) unsafe fn of_client<'a>(sk: *mut c_void, cookie: u64) -> Option<&'a m
 pub(crate) unsafe fn in_storage<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
     // SAFETY: by the caller's word.
     unsafe { storage(sk, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) }
+}
+
+/// The state that a socket has in its storage. To ask for that is a call, which is spared where nobody has put anything there.
+///
+/// # Safety
+/// `sk` is a BTF pointer to a `struct sock`.
+#[inline(always)]
+unsafe fn stored<'a>(sk: *mut c_void) -> Option<&'a mut Conn> {
+    // SAFETY: by the caller's word.
+    unsafe { if sock::has_storage(sk) { storage(sk, 0) } else { None } }
 }
 
 /// # Safety

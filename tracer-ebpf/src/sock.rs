@@ -185,7 +185,6 @@ pub(crate) unsafe fn cookie(sk: Sock) -> u64 {
 /// As for the helper; and the socket is what the mark says, or nothing is read there but what all sockets have.
 #[inline(always)]
 unsafe fn cast<const MARK: i32>(sk: Sock) -> *mut c_void {
-    const BPF_FUNC_SKC_TO_TCP_SOCK: u32 = 137;
     let out: u64;
     // SAFETY: the call, and the registers that it may change. It reads the first argument only.
     unsafe {
@@ -193,7 +192,7 @@ unsafe fn cast<const MARK: i32>(sk: Sock) -> *mut c_void {
             "r2 = {mark}",
             "call {helper}",
             mark = const MARK,
-            helper = const BPF_FUNC_SKC_TO_TCP_SOCK,
+            helper = const cast_to::HELPER,
             inout("r1") sk => _,
             lateout("r0") out,
             lateout("r2") _,
@@ -237,7 +236,7 @@ pub(crate) unsafe fn locked_by_process(sk: Sock) -> bool {
     unsafe { load!(sk, sk_lock_owned, u32) != 0 }
 }
 
-/// Whether anybody has put something into the socket's storage: to ask for one's own is a call.
+/// Whether anybody has put something into the socket's storage.
 ///
 /// # Safety
 /// As for [`is_tcp`].

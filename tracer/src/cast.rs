@@ -49,8 +49,7 @@ impl Cast {
 
     /// Has the programs in `object` cast so.
     pub(crate) fn put_into(self, object: &mut [u8]) {
-        const BPF_FUNC_SKC_TO_TCP_SOCK: u32 = 137;
-        const HELPER: [u8; 8] = instruction(CALL, 0, BPF_FUNC_SKC_TO_TCP_SOCK);
+        const HELPER: [u8; 8] = instruction(CALL, 0, cast_to::HELPER);
         let (instructions, _) = object.as_chunks_mut::<8>();
         for at in 1..instructions.len() {
             if instructions[at] != HELPER {

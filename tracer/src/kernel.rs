@@ -738,7 +738,7 @@ mod tests {
         let (sock, tcp_sock) = (marks(cast_to::SOCK), marks(cast_to::TCP_SOCK));
         assert!(sock > 0 && tcp_sock > 0);
         // Such a function differs from the helper by one byte.
-        let cast = Cast { function: 137, sock: cast_to::SOCK as u32, tcp_sock: cast_to::TCP_SOCK as u32 };
+        let cast = Cast { function: cast_to::HELPER, sock: cast_to::SOCK as u32, tcp_sock: cast_to::TCP_SOCK as u32 };
         let mut object = OBJECT.to_vec();
         cast.put_into(&mut object);
         let replaced = object.iter().zip(OBJECT).filter(|(new, old)| new != old).count();
