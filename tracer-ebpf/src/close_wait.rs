@@ -8,7 +8,7 @@ use aya_ebpf::cty::{c_int, c_void};
 use tracer_ebpf::kind;
 
 use crate::conn::{self, Conn, Outcome};
-use crate::owner::TaskFile;
+use crate::owner::{self, TaskFile};
 use crate::slot;
 use crate::sock::{self, Sock, tcp};
 
@@ -30,7 +30,7 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
     unsafe {
         let sk = (*ctx).sk;
         if !sk.is_null() && sock::is_tcp(sk) {
-            report(sk);
+            report(sk, sock::cookie(sk), true);
         }
     }
     0
@@ -43,27 +43,34 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
 extern "C" fn look_at_files(ctx: *mut TaskFile) -> c_int {
     // SAFETY: the kernel passes a `struct bpf_iter__task_file`; the file is held for the call, and so is its socket.
     unsafe {
+        let trusted = sock::config_files_trusted();
         if let Some(sk) = (*ctx).tcp_socket() {
-            report(sk);
-            slot::pass_by(sk, sock::cookie(sk));
+            let cookie = if trusted { sock::cookie(sk) } else { sock::known_cookie(sk) };
+            if !trusted {
+                // It may have found its slot taken.
+                owner::held_by((*ctx).task, sk);
+            }
+            report(sk, cookie, trusted);
+            if trusted {
+                slot::pass_by(sk, cookie);
+            }
         }
     }
     0
 }
 
-/// Reports a socket, if it has been in CLOSE_WAIT for long enough, and was not reported yet.
+/// Reports a socket, if it has been in CLOSE_WAIT for long enough, and was not reported yet. `trusted` as for [`slot::of_file`].
 ///
 /// # Safety
-/// `sk` is a BTF pointer to a TCP `struct sock`.
+/// `sk` is a BTF pointer to a TCP `struct sock`, and `cookie` is its own.
 #[inline(always)]
-unsafe fn report(sk: Sock) {
+unsafe fn report(sk: Sock, cookie: u64, trusted: bool) {
     // SAFETY: by the caller's word.
     unsafe {
         if sock::state(sk) != tcp::CLOSE_WAIT {
             return;
         }
-        let cookie = sock::cookie(sk);
-        let Some(conn) = slot::peek(sk, cookie) else { return };
+        let Some(conn) = slot::peek(sk, cookie, trusted) else { return };
         let now = conn::now();
         if conn.close_wait_told != 0 || now.saturating_sub(since(conn, now)) < sock::config_close_wait_ns() {
             return;

@@ -355,6 +355,10 @@ wire! {
         pub slot_mask: u32,
         /// Where in each of `SLOTS` a socket's state begins: 8 to 64, a multiple of 8.
         pub slot_at: u32,
+        /// Not 0: helpers take the socket of an open file. Else what is found in a walk over files can be read, and no more.
+        pub files_trusted: u32,
+        #[doc(hidden)]
+        pub _pad: u32,
     }
 }
 

@@ -210,7 +210,7 @@ fn sched_process_free(ctx: BtfTracePointContext) -> i32 {
 #[repr(C)]
 pub(crate) struct TaskFile {
     meta: *mut c_void,
-    task: *mut c_void,
+    pub(crate) task: *mut c_void,
     fd: u64,
     file: *mut c_void,
 }
@@ -247,36 +247,49 @@ impl TaskFile {
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
-    // SAFETY: the kernel passes a `struct bpf_iter__task_file`; its pointers are checked, and what is read from them is
-    // read at BTF offsets.
+    // SAFETY: the kernel passes a `struct bpf_iter__task_file`; the file is held for the call, and so is its socket.
     unsafe {
-        let task = (*ctx).task;
-        if task.is_null() {
-            return 0;
+        if let Some(sk) = (*ctx).tcp_socket() {
+            held_by((*ctx).task, sk);
         }
-        let Some(sk) = (*ctx).tcp_socket() else { return 0 };
+    }
+    0
+}
+
+/// Notes that a process holds a socket, if nobody knows more of whose it is.
+///
+/// # Safety
+/// `task` is NULL or a BTF pointer to a `struct task_struct`, and `sk` one to a TCP `struct sock` which is an open file of it.
+#[inline(always)]
+pub(crate) unsafe fn held_by(task: *mut c_void, sk: Sock) {
+    // SAFETY: by the caller's word; what is read from them is read at BTF offsets.
+    unsafe {
         let state = sock::state(sk);
-        if state == tcp::LISTEN || state == tcp::CLOSE {
-            return 0;
+        if task.is_null() || state == tcp::LISTEN || state == tcp::CLOSE {
+            return;
         }
         let (local, remote) = sock::ports(sk);
         if !conn::port_passes(local, remote) {
-            return 0;
+            return;
         }
-        let cookie = sock::cookie(sk);
-        let Some(conn) = slot::get_or_create(sk, cookie) else { return 0 };
+        let trusted = sock::config_files_trusted();
+        // Where it is not, user space has seen to it that it has one.
+        let cookie = if trusted { sock::cookie(sk) } else { sock::known_cookie(sk) };
+        let Some(conn) = slot::of_file(sk, cookie, trusted) else { return };
         if conn.cookie == 0 {
             traffic::first_sight(conn, cookie, state, conn::now());
         }
         let mut found = Task::NONE;
         if sock::process(task, &raw mut found) != Who::Process {
-            return 0;
+            return;
         }
-        // One that several processes share goes to the one that was asked for, if it is among them.
+        // One that several processes share goes to one that was asked for, if there is any among them; and among those, or else all, to
+        // the one that began first: another that has it for a moment only, between `fork` and `exec`, is its child.
         let known = conn.owner_source;
-        if known == source::NONE || (known == source::OPEN_FILES && conn::pid_asked(&found)) {
+        let (asked, known_asked) = (conn::pid_asked(&found), conn.marks & mark::OWNER_ASKED != 0);
+        let is_first = if asked == known_asked { found.start_ns < conn.owner.start_ns } else { asked };
+        if known == source::NONE || (known == source::OPEN_FILES && is_first) {
             own(conn, &found, source::OPEN_FILES);
         }
     }
-    0
 }

@@ -9,7 +9,7 @@
 //! is kept from the programs leaves its slot taken for good; that costs no more than storage for those that come to it.
 
 use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
-use aya_ebpf::btf_maps::{Array, SkStorage};
+use aya_ebpf::btf_maps::{Array, LruHashMap, SkStorage};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
@@ -33,6 +33,10 @@ const WORDS: usize = size_of::<Conn>() / 8;
 static SLOTS: Array<Bytes, 1> = Array::new();
 #[btf_map]
 static SOCKETS: SkStorage<Conn> = SkStorage::new();
+/// Cookies of the sockets whose state is in storage, where a walk over open files cannot look ([`sock::config_files_trusted`]). How many
+/// find room user space says.
+#[btf_map]
+static STORED: LruHashMap<u64, u8, 1> = LruHashMap::new();
 
 /// Beside the cookie in a tag: the slot is being cleared for that socket.
 const CLAIMED: u64 = 1 << 61;
@@ -120,6 +124,21 @@ impl Slot {
         tag == 0 || (tag & ENDED != 0 && now.saturating_sub(unsafe { self.since_ns.read_volatile() }) > GRACE_NS)
     }
 
+    /// Makes a slot that the caller has claimed that of its socket, with a state of zeroes.
+    ///
+    /// # Safety
+    /// As for [`Slot::state`].
+    #[inline(always)]
+    unsafe fn clear<'a>(self, cookie: u64) -> Option<&'a mut Conn> {
+        // SAFETY: by the caller's word; a state is so many words.
+        unsafe {
+            clear_words::<WORDS>(self.conn.cast());
+            // An exchange comes behind everything that was written before.
+            exchange_u64(self.tag, cookie);
+            self.state()
+        }
+    }
+
     /// The state.
     ///
     /// # Safety
@@ -142,14 +161,20 @@ pub(crate) unsafe fn get<'a>(sk: *mut c_void, cookie: u64) -> Option<&'a mut Con
     unsafe { find(sk, cookie, |slot| slot.tag_for(cookie)) }
 }
 
-/// The same, but an idle socket stays so: for the walks.
+/// The same, but an idle socket stays so: for the walks. `trusted` as for [`of_file`].
 ///
 /// # Safety
 /// As for [`get`].
 #[inline(always)]
-pub(crate) unsafe fn peek<'a>(sk: *mut c_void, cookie: u64) -> Option<&'a mut Conn> {
+pub(crate) unsafe fn peek<'a>(sk: *mut c_void, cookie: u64, trusted: bool) -> Option<&'a mut Conn> {
     // SAFETY: by the caller's word. Only a walk moves what is idle, and there is one at a time.
-    unsafe { find(sk, cookie, |slot| slot.tag() & !IDLE) }
+    unsafe {
+        if trusted {
+            return find(sk, cookie, |slot| slot.tag() & !IDLE);
+        }
+        let slot = slot(cookie)?;
+        if slot.tag() == cookie { slot.state() } else { None }
+    }
 }
 
 /// # Safety
@@ -184,10 +209,23 @@ pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void, cookie: u64) -> Option<&
         if known.is_some() || !conn::ends_pass(sk) || has_ended(cookie) {
             return known;
         }
+        in_storage_unless_claimed(sk, cookie)
+    }
+}
+
+/// The state of a socket in its storage, made now; but if its slot was claimed for it meanwhile, on another CPU, the state there.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+unsafe fn in_storage_unless_claimed<'a>(sk: *mut c_void, cookie: u64) -> Option<&'a mut Conn> {
+    // SAFETY: by the caller's word.
+    unsafe {
         let made = in_storage(sk);
+        note_stored(cookie);
         if let Some(slot) = slot(cookie) {
-            // On another CPU its first transition may have claimed the slot meanwhile: either that has seen what was made here,
-            // or this sees the claim. (To exchange a tag for itself is a look that cannot come too early.)
+            // Either who claimed it has seen what was made here, or this sees the claim. (To exchange a tag for itself is a look
+            // that cannot come too early.)
             let mut tag = slot.exchange(cookie, cookie);
             // It takes some 50 ns until it is settled which of the two it will be.
             for _ in 0..8 {
@@ -199,11 +237,51 @@ pub(crate) unsafe fn get_or_create<'a>(sk: *mut c_void, cookie: u64) -> Option<&
                 return slot.state();
             }
             if tag == cookie | CLAIMED {
-                // The other one was stopped. So this segment is passed over, like one that was not seen.
+                // The other one was stopped. So this segment or transition is passed over, like one that was not seen.
                 return None;
             }
         }
         made
+    }
+}
+
+/// The state of a socket that is an open file, for the walk that finds it; made now, if it had none and [`conn::ends_pass`], as it
+/// is older than the programs. `trusted`: helpers take such a socket ([`sock::config_files_trusted`]). Else only its slot is at hand: if
+/// that is free, the state is made there, and if it is not, or if its state is in storage, there is none.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+pub(crate) unsafe fn of_file<'a>(sk: *mut c_void, cookie: u64, trusted: bool) -> Option<&'a mut Conn> {
+    // SAFETY: by the caller's word; who has claimed a slot is alone with it.
+    unsafe {
+        if trusted {
+            return get_or_create(sk, cookie);
+        }
+        let slot = slot(cookie)?;
+        let tag = slot.tag_for(cookie);
+        if tag == cookie {
+            return slot.state();
+        }
+        let is_free = tag != cookie | ENDED && slot.is_free(tag, conn::now());
+        if !is_free || !conn::ends_pass(sk) || !slot.retag(tag, cookie | CLAIMED) {
+            return None;
+        }
+        // (What others put into storage is no matter.)
+        if STORED.get(cookie).is_some() {
+            slot.tag.write_volatile(0);
+            return None;
+        }
+        slot.clear(cookie)
+    }
+}
+
+/// Notes that a socket's state is in storage, if that will be asked.
+#[inline(always)]
+fn note_stored(cookie: u64) {
+    if !sock::config_files_trusted() {
+        // Full is no matter: the least recently used entry makes room.
+        let _ = STORED.insert(cookie, 0, 0);
     }
 }
 
@@ -224,21 +302,21 @@ pub(crate) unsafe fn claim<'a>(sk: *mut c_void, cookie: u64, now: u64) -> Option
             if slot.is_free(tag, now) && slot.retag(tag, cookie | CLAIMED) {
                 let known = stored(sk);
                 if known.is_some() {
+                    note_stored(cookie);
                     slot.tag.write_volatile(0);
                     return known;
                 }
-                clear_words::<WORDS>(slot.conn.cast());
-                // An exchange comes behind everything that was written before.
-                exchange_u64(slot.tag, cookie);
-                return slot.state();
+                return slot.clear(cookie);
             }
         }
         let known = stored(sk);
         if known.is_some() {
+            note_stored(cookie);
             return known;
         }
         conn::count(counter::CROWDED);
-        in_storage(sk)
+        // The walk over open files may be claiming it at this moment.
+        in_storage_unless_claimed(sk, cookie)
     }
 }
 

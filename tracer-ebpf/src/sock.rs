@@ -29,6 +29,8 @@ static CONFIG: Config = Config {
     netns: 0,
     slot_mask: 0,
     slot_at: 8,
+    files_trusted: 0,
+    _pad: 0,
 };
 
 /// The value that the loader gave to a member of a frozen global, not the one that it is initialised with.
@@ -80,6 +82,12 @@ pub(crate) fn config_slot_mask() -> u32 {
 #[inline(always)]
 pub(crate) fn config_slot_at() -> u32 {
     frozen(&CONFIG.slot_at)
+}
+
+/// See [`Config::files_trusted`].
+#[inline(always)]
+pub(crate) fn config_files_trusted() -> bool {
+    frozen(&CONFIG.files_trusted) != 0
 }
 
 /// See [`Config::storage_walk_ns`].
@@ -316,12 +324,12 @@ pub(crate) unsafe fn is_full(sk: Sock) -> bool {
 /// Local and remote port, host byte order. Of a socket in CLOSE `skc_num` is already 0, `inet_sport` is not.
 ///
 /// # Safety
-/// As for [`is_tcp`], and the socket is a full one.
+/// As for [`tcp_sock`].
 #[inline(always)]
 pub(crate) unsafe fn ports(sk: Sock) -> (u16, u16) {
-    // SAFETY: by the caller's word; the helper answers NULL for what is no full TCP socket.
+    // SAFETY: by the caller's word.
     unsafe {
-        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
+        let tp = tcp_sock(sk);
         if tp.is_null() {
             return (0, 0);
         }
@@ -341,28 +349,28 @@ pub(crate) struct Ends {
 /// The second word of an IPv4-mapped address, without the IPv4 address itself.
 const MAPPED: u64 = 0xffff_0000;
 
-/// Both addresses and the network namespace; `None` if `sk` is no full TCP socket.
+/// Both addresses and the network namespace, which all sockets have, mini-sockets too; `None` as for [`of_packet`].
 ///
 /// # Safety
 /// `sk` is a BTF pointer to a `struct sock`, or `__sk_buff.sk` checked against NULL.
 #[inline(always)]
 pub(crate) unsafe fn ends(sk: Sock) -> Option<Ends> {
-    // SAFETY: by the caller's word; of a full socket the helper answers a BTF pointer.
+    // SAFETY: by the caller's word.
     unsafe {
-        let tp = bpf_skc_to_tcp_sock(sk).cast::<c_void>();
-        if tp.is_null() {
+        let sk = cast::<{ cast_to::SOCK }>(sk);
+        if sk.is_null() {
             return None;
         }
-        let net = load!(tp, skc_net, *mut c_void);
+        let net = load!(sk, skc_net, *mut c_void);
         let netns = load!(net, net_inum, u32);
-        if load!(tp, skc_family, u16) != AF_INET6 || offset!(skc_v6_daddr) == u32::MAX {
-            let local = [0, MAPPED | u64::from(load!(tp, skc_rcv_saddr, u32)) << 32];
-            let remote = [0, MAPPED | u64::from(load!(tp, skc_daddr, u32)) << 32];
+        if load!(sk, skc_family, u16) != AF_INET6 || offset!(skc_v6_daddr) == u32::MAX {
+            let local = [0, MAPPED | u64::from(load!(sk, skc_rcv_saddr, u32)) << 32];
+            let remote = [0, MAPPED | u64::from(load!(sk, skc_daddr, u32)) << 32];
             return Some(Ends { local, remote, netns });
         }
-        let at = tp.cast::<u8>().add(offset!(skc_v6_rcv_saddr) as usize).cast::<u64>();
+        let at = sk.cast::<u8>().add(offset!(skc_v6_rcv_saddr) as usize).cast::<u64>();
         let mut local = [at.read_volatile(), at.add(1).read_volatile()];
-        let at = tp.cast::<u8>().add(offset!(skc_v6_daddr) as usize).cast::<u64>();
+        let at = sk.cast::<u8>().add(offset!(skc_v6_daddr) as usize).cast::<u64>();
         let remote = [at.read_volatile(), at.add(1).read_volatile()];
         if is_mapped(remote) && local == [0, 0] {
             // A dual-stack socket that is not bound yet.

@@ -5,6 +5,8 @@
 
 use tracer_ebpf::cast_to;
 
+use crate::trial::{CALL, MOV, instruction};
+
 /// Type ids of this kernel, see [`crate::offsets::Types`].
 #[derive(Clone, Copy, Debug)]
 pub struct Cast {
@@ -16,40 +18,22 @@ pub struct Cast {
     pub tcp_sock: u32,
 }
 
-/// `BPF_ALU64 | BPF_MOV | BPF_K`
-const MOV: u8 = 0xb7;
-/// `BPF_JMP | BPF_CALL`
-const CALL: u8 = 0x85;
 /// As the source register of a call: its immediate is no helper's number, but the type id of a function of the kernel.
 const BPF_PSEUDO_KFUNC_CALL: u8 = 2 << 4;
 
-/// `struct bpf_insn`, as it is in memory.
-const fn instruction(code: u8, registers: u8, immediate: u32) -> [u8; 8] {
-    let [a, b, c, d] = immediate.to_le_bytes();
-    [code, registers, 0, 0, a, b, c, d]
-}
-
 const fn second_argument(value: u32) -> [u8; 8] {
-    instruction(MOV, 2, value)
+    instruction(MOV, 2, 0, value)
 }
 
 impl Cast {
     /// What makes a cast to a type.
-    fn instructions(self, to: u32) -> [[u8; 8]; 2] {
-        [second_argument(to), instruction(CALL, BPF_PSEUDO_KFUNC_CALL, self.function)]
-    }
-
-    /// A program that does nothing but such a cast. (What of, the kernel does not ask.)
-    pub(crate) fn trial(self) -> [[u8; 8]; 4] {
-        /// `BPF_JMP | BPF_EXIT`
-        const EXIT: u8 = 0x95;
-        let [argument, call] = self.instructions(self.sock);
-        [argument, call, instruction(MOV, 0, 0), instruction(EXIT, 0, 0)]
+    pub(crate) fn instructions(self, to: u32) -> [[u8; 8]; 2] {
+        [second_argument(to), instruction(CALL, BPF_PSEUDO_KFUNC_CALL, 0, self.function)]
     }
 
     /// Has the programs in `object` cast so.
     pub(crate) fn put_into(self, object: &mut [u8]) {
-        const HELPER: [u8; 8] = instruction(CALL, 0, cast_to::HELPER);
+        const HELPER: [u8; 8] = instruction(CALL, 0, 0, cast_to::HELPER);
         let (instructions, _) = object.as_chunks_mut::<8>();
         for at in 1..instructions.len() {
             if instructions[at] != HELPER {
@@ -71,7 +55,7 @@ mod tests {
     #[test]
     fn each_cast_is_replaced_and_nothing_else() {
         let [sock, tcp_sock] = [cast_to::SOCK, cast_to::TCP_SOCK].map(|mark| second_argument(mark as u32));
-        let (helper, other) = (instruction(CALL, 0, 137), instruction(CALL, 0, 136));
+        let (helper, other) = (instruction(CALL, 0, 0, 137), instruction(CALL, 0, 0, 136));
         let mut object = [sock, helper, sock, other, helper, tcp_sock, helper].concat();
         let cast = Cast { function: 0x0102_0304, sock: 0x0506_0708, tcp_sock: 0x090a_0b0c };
         cast.put_into(&mut object);

@@ -254,10 +254,11 @@ pub fn examine_with(hooks: &[kernel::Hook], strict: bool) -> Report {
 }
 
 impl Findings {
-    fn hook(&mut self, hook: &kernel::Hook, tried: Result<()>) {
+    fn hook(&mut self, hook: &kernel::Hook, tried: Result<Option<&'static str>>) {
         let name = hook.name;
         match (tried, hook.without) {
-            (Ok(()), _) => self.push(Finding::ok(name, "attached, and detached again")),
+            (Ok(None), _) => self.push(Finding::ok(name, "attached, and detached again")),
+            (Ok(Some(cost)), _) => self.push(Finding::bad(name, Status::Degraded, cost)),
             (Err(error), Without::Refused) => self.missing(name, &preflight::explain(error)),
             (Err(error), Without::RefusedWithPid) => {
                 let message = preflight::without_hook(name, "--pid is refused", &error);
@@ -402,7 +403,7 @@ mod tests {
             assert_eq!(kinds, [4, 2, 5]);
         }
         let mut findings = Findings::default();
-        hooks.iter().for_each(|hook| findings.hook(hook, Ok(())));
+        hooks.iter().for_each(|hook| findings.hook(hook, Ok(None)));
         assert!(findings.list.iter().all(|finding| finding.status == Status::Ok) && findings.refusal.is_none());
     }
 

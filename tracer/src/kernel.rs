@@ -26,7 +26,7 @@ use crate::filter::{Filter, prefixes};
 use crate::ledger::Row;
 use crate::offsets::Layout;
 use crate::preflight::{self, Refusal};
-use crate::time_wait;
+use crate::{snapshot, time_wait, trial};
 
 /// The programs. Committed, so that building tracer needs no BPF toolchain; `TRACER_BPF_OBJECT` at build time names
 /// another object, for testing programs that were just built.
@@ -226,7 +226,15 @@ const HOOKS: [Hook; 9] = [
         &["inet_sock_set_state", "inet_sock_set_state_nested"],
         Without::Refused,
     ),
-    Hook { name: "iter/task_file", place: Place::OpenFiles, without: Without::Refused },
+    Hook {
+        name: "iter/task_file",
+        place: Place::OpenFiles,
+        without: Without::Degraded(
+            "connections that were open before have no process until one reads from them, connects or closes; sockets that stay \
+             in CLOSE_WAIT are reported only if they have lasted for a while, and idle ones do not make room for others, which \
+             cost more then",
+        ),
+    },
     Hook {
         name: "iter/bpf_sk_storage_map",
         place: Place::Sockets,
@@ -236,6 +244,14 @@ const HOOKS: [Hook; 9] = [
         ),
     },
 ];
+
+/// For so many sockets it is known that their state is in storage, where a walk over open files cannot tell. Each takes some 80 bytes.
+const STORED: u32 = 1 << 16;
+
+/// What it costs that helpers do not take the socket of an open file: [`Config::files_trusted`].
+const UNTRUSTED_FILES: &str = "this kernel lets the walk over open files (iter/task_file) read sockets, and no more: of connections that were \
+     open before, some may have no process, and those not be reported that stay in CLOSE_WAIT; and idle ones do not make room for \
+     others, which cost more then; run a kernel that trusts what it has found itself, as upstream ones do";
 
 /// A connection that lasts so long is no short one, so storage for it is no matter: [`Config::storage_walk_ns`].
 const LASTING_NS: u64 = 100_000_000;
@@ -276,11 +292,17 @@ struct Object<'a> {
     cgroup: &'a OwnedFd,
     layout: &'a Layout,
     walks: Vec<Walk>,
+    /// [`Config::files_trusted`]
+    files_trusted: bool,
 }
 
 impl<'a> Object<'a> {
     fn new(ask: &Ask, cgroup: &'a OwnedFd, layout: &'a Layout) -> Result<Self> {
         let slots = ask.slots.max(1);
+        let walks_storage =
+            layout.bears_storage_walk && layout.sk_storage_map.is_some_and(|walk| trial::walk(walk).is_ok());
+        let files_trusted =
+            layout.task_file.is_none_or(|walk| trial::file_socket(walk, layout.offsets.socket_sk).is_ok());
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
@@ -297,7 +319,7 @@ impl<'a> Object<'a> {
             full_target: ask.full_target.into(),
             close_wait_ns: u64::try_from(ask.close_wait_after.as_nanos()).unwrap_or(u64::MAX),
             min_duration_ns: ask.min_duration_us.filter(|_| !ask.states).unwrap_or(0).saturating_mul(1000),
-            storage_walk_ns: if !layout.bears_storage_walk {
+            storage_walk_ns: if !walks_storage {
                 u64::MAX
             } else if preflight::in_initial_pid_namespace() {
                 LASTING_NS
@@ -309,12 +331,14 @@ impl<'a> Object<'a> {
             netns: time_wait::own_namespace().unwrap_or(0),
             slot_mask: slots - 1,
             slot_at: layout.slot_at,
+            files_trusted: files_trusted.into(),
+            _pad: 0,
         };
         // The loader wants it aligned.
         let mut object = vec![0u64; OBJECT.len().div_ceil(8)];
         let object = &mut bytemuck::cast_slice_mut(&mut object)[..OBJECT.len()];
         object.copy_from_slice(OBJECT);
-        match layout.cast.map(|cast| (cast, bpf::accepts(&cast.trial()))) {
+        match layout.cast.map(|cast| (cast, trial::cast(cast))) {
             Some((cast, Ok(()))) => cast.put_into(object),
             Some((_, Err(error))) => debug!("the programs are slower: this kernel refuses bpf_rdonly_cast ({error})"),
             None => debug!("the programs are slower: this kernel has no bpf_rdonly_cast"),
@@ -327,6 +351,7 @@ impl<'a> Object<'a> {
             .override_global("CONFIG", bytemuck::bytes_of(&config), true)
             .map_max_entries("RING", ask.ring_bytes)
             .map_max_entries("SLOTS", slots)
+            .map_max_entries("STORED", if files_trusted { 1 } else { STORED })
             .map_max_entries("PIDS", if ask.pids.is_empty() { 1 } else { ask.most_processes })
             .load(object)
             .context("cannot create the maps of the kernel programs")?;
@@ -334,11 +359,11 @@ impl<'a> Object<'a> {
         fill_prefixes(&mut ebpf, "PEERS", &ask.peers)?;
         fill_prefixes(&mut ebpf, "LOCALS", &ask.locals)?;
         fill(&mut ebpf, "COMMS", &ask.comms.iter().map(|comm| (*comm, 1u8)).collect::<Vec<_>>())?;
-        Ok(Self { ebpf, btf, cgroup, layout, walks: Vec::new() })
+        Ok(Self { ebpf, btf, cgroup, layout, walks: Vec::new(), files_trusted })
     }
 
-    /// Loads the programs of one hook and attaches them.
-    fn attach(&mut self, hook: &Hook) -> Result<()> {
+    /// Loads the programs of one hook and attaches them. Answers what they cannot do on this kernel, if anything.
+    fn attach(&mut self, hook: &Hook) -> Result<Option<&'static str>> {
         let name = hook.name;
         match hook.place {
             Place::Tracepoint(tracepoint, programs) => {
@@ -365,20 +390,29 @@ impl<'a> Object<'a> {
                     .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;
             }
             Place::OpenFiles => {
+                if !self.files_trusted {
+                    snapshot::give_cookies();
+                }
                 walk_open_files(&mut self.ebpf, &self.btf)?;
                 self.walks.push(Walk::over_files(&mut self.ebpf, &self.btf)?);
             }
             Place::Sockets => self.walks.push(Walk::over_storage(&mut self.ebpf, &self.btf, self.layout)?),
         }
-        Ok(())
+        Ok((matches!(hook.place, Place::OpenFiles) && !self.files_trusted).then_some(UNTRUSTED_FILES))
     }
 }
 
-/// Attaches each of `hooks`, as tracing does, except that one which is refused does not end it; then detaches all.
+/// Attaches each of `hooks`, as tracing does, except that one which is refused does not end it; then detaches all. Answers what those that
+/// are not refused cannot do on this kernel, if anything.
 ///
 /// # Errors
 /// Not even the maps can be created.
-pub fn try_each(hooks: &[Hook], ask: &Ask, cgroup: &OwnedFd, layout: &Layout) -> Result<Vec<Result<()>>> {
+pub fn try_each(
+    hooks: &[Hook],
+    ask: &Ask,
+    cgroup: &OwnedFd,
+    layout: &Layout,
+) -> Result<Vec<Result<Option<&'static str>>>> {
     let mut object = Object::new(ask, cgroup, layout)?;
     Ok(hooks.iter().map(|hook| object.attach(hook)).collect())
 }
@@ -424,7 +458,10 @@ impl Kernel {
                 followed = true;
             }
             match (object.attach(hook), hook.without) {
-                (Ok(()), _) => attached.push(hook.name.to_owned()),
+                (Ok(cost), _) => {
+                    attached.push(hook.name.to_owned());
+                    degraded.extend(cost.map(str::to_owned));
+                }
                 (Err(error), Without::Degraded(cost)) => {
                     degraded.push(preflight::without_hook(hook.name, cost, &error));
                     blind.receive_reset |= hook.name == RECEIVE_RESET;
@@ -609,27 +646,15 @@ impl Walk {
     }
 }
 
-/// The `bpf` system call where aya does not make it: an iterator over one map, one that is run more than once, and a program on trial.
+/// The `bpf` system call where aya does not make it: an iterator over one map, and one that is run more than once.
 mod bpf {
     use std::io;
     use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
-    /// `include/uapi/linux/bpf.h`: commands, an attach type, and a program's type.
-    const BPF_PROG_LOAD: libc::c_int = 5;
+    /// `include/uapi/linux/bpf.h`: commands, and an attach type.
     const BPF_LINK_CREATE: libc::c_int = 28;
     const BPF_ITER_CREATE: libc::c_int = 33;
     const BPF_TRACE_ITER: u32 = 28;
-    const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
-
-    /// The beginning of `union bpf_attr` for a program.
-    #[repr(C)]
-    struct ProgLoad {
-        prog_type: u32,
-        insn_cnt: u32,
-        /// Addresses of the instructions, and of a string.
-        insns: u64,
-        license: u64,
-    }
 
     /// `link_create` of `union bpf_attr`, for an iterator.
     #[repr(C)]
@@ -668,20 +693,6 @@ mod bpf {
                 _pad: 0,
             },
         )
-    }
-
-    /// Whether the kernel accepts a program for packets, which is gone at once.
-    pub(super) fn accepts(instructions: &[[u8; 8]]) -> io::Result<()> {
-        call(
-            BPF_PROG_LOAD,
-            &ProgLoad {
-                prog_type: BPF_PROG_TYPE_CGROUP_SKB,
-                insn_cnt: instructions.len() as u32,
-                insns: instructions.as_ptr() as u64,
-                license: c"GPL".as_ptr() as u64,
-            },
-        )
-        .map(drop)
     }
 
     pub(super) fn iterator(link: BorrowedFd<'_>) -> io::Result<OwnedFd> {

@@ -39,4 +39,5 @@ pub mod sink;
 pub mod snapshot;
 mod time_namespace;
 pub mod time_wait;
+mod trial;
 pub mod verdict;

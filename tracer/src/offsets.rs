@@ -29,6 +29,10 @@ pub struct Layout {
     pub slot_at: u32,
     /// How a socket can be cast without a call; before 6.2 it cannot.
     pub cast: Option<Cast>,
+    /// Type id of the function that stands for the walk over open files.
+    pub task_file: Option<u32>,
+    /// Likewise over socket storage.
+    pub sk_storage_map: Option<u32>,
 }
 
 /// The kernel's types.
@@ -52,7 +56,14 @@ impl Types {
     pub fn layout(&self) -> Result<Layout> {
         let bears_storage_walk = self.member("bpf_local_storage_elem", "map_node").is_ok()
             && self.member("bpf_local_storage_elem", "state").is_err();
-        Ok(Layout { offsets: self.offsets()?, bears_storage_walk, slot_at: self.slot_at(), cast: self.cast() })
+        Ok(Layout {
+            offsets: self.offsets()?,
+            bears_storage_walk,
+            slot_at: self.slot_at(),
+            cast: self.cast(),
+            task_file: self.function("bpf_iter_task_file"),
+            sk_storage_map: self.function("bpf_iter_bpf_sk_storage_map"),
+        })
     }
 
     /// Slots are elements of an array map. The first one lies behind its `struct bpf_array`, which begins with a page. Where that is not
@@ -65,15 +76,17 @@ impl Types {
     }
 
     fn cast(&self) -> Option<Cast> {
-        let id = |name: &str, is_it: fn(&Type) -> bool| {
-            let ids = self.0.resolve_ids_by_name(name).ok()?;
-            ids.into_iter().find(|id| self.0.resolve_type_by_id(*id).is_ok_and(|found| is_it(&found)))
-        };
-        Some(Cast {
-            function: id("bpf_rdonly_cast", |found| matches!(found, Type::Func(_)))?,
-            sock: id("sock", |found| matches!(found, Type::Struct(_)))?,
-            tcp_sock: id("tcp_sock", |found| matches!(found, Type::Struct(_)))?,
-        })
+        let holder = |name| self.id(name, |found| matches!(found, Type::Struct(_)));
+        Some(Cast { function: self.function("bpf_rdonly_cast")?, sock: holder("sock")?, tcp_sock: holder("tcp_sock")? })
+    }
+
+    fn function(&self, name: &str) -> Option<u32> {
+        self.id(name, |found| matches!(found, Type::Func(_)))
+    }
+
+    fn id(&self, name: &str, is_it: fn(&Type) -> bool) -> Option<u32> {
+        let ids = self.0.resolve_ids_by_name(name).ok()?;
+        ids.into_iter().find(|id| self.0.resolve_type_by_id(*id).is_ok_and(|found| is_it(&found)))
     }
 
     /// Resolves every member of [`Offsets`].

@@ -21,7 +21,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
-use log::warn;
+use log::{debug, warn};
 use rustix::io::Errno;
 use serde::Serialize;
 
@@ -201,6 +201,21 @@ pub(crate) fn has_namespace(inode: u32) -> Option<bool> {
     if is_known || (found.unreadable == 0 && found.omitted == 0) { Some(is_known) } else { None }
 }
 
+/// Has the kernel give each connection of the host a cookie that has none yet: it does so for what it lists. Where a namespace cannot be
+/// listed, they have none.
+pub(crate) fn give_cookies() {
+    let list = || sockets::list(&time_wait::open()?, &sockets::connections(), 0).map(drop);
+    let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).unwrap_or_default();
+    let mut found = walk::walk();
+    found.namespaces.remove(&own);
+    let elsewhere = found.namespaces.iter().map(|(inode, known)| (*inode, inside(*inode, &known.path, list).map(drop)));
+    for (inode, listed) in std::iter::once((own, list())).chain(elsewhere) {
+        if let Err(error) = listed {
+            debug!("network namespace {inode} is not listed: {error}");
+        }
+    }
+}
+
 /// Takes a snapshot.
 ///
 /// # Errors
@@ -218,7 +233,7 @@ pub fn take() -> Result<Snapshot> {
     foreign.sort_by_key(|(inode, _)| *inode);
     let mut denied = Vec::new();
     for (inode, Namespace { path, name, is_doubtful }) in foreign {
-        match see_in(inode, &path) {
+        match inside(inode, &path, see) {
             Ok(Some(seen)) => gathered.add(inode, name, false, &seen, &found),
             // It has gone.
             Ok(None) => {}
@@ -271,8 +286,8 @@ fn refusal(error: &io::Error) -> Refusal {
     }
 }
 
-/// Reads the namespace behind `path`; `None`: it is not there any more.
-fn see_in(netns: u64, path: &Path) -> io::Result<Option<Seen>> {
+/// Does something in the namespace behind `path`; `None`: it is not there any more.
+fn inside<T: Send + 'static>(netns: u64, path: &Path, work: fn() -> io::Result<T>) -> io::Result<Option<T>> {
     // It may be another file by now, such as a pipe that nobody writes to: that must not hold up, nor be taken for a terminal.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = match fs::OpenOptions::new().read(true).custom_flags(flags).open(path) {
@@ -284,7 +299,7 @@ fn see_in(netns: u64, path: &Path) -> io::Result<Option<Seen>> {
     if file.metadata()?.ino() != netns {
         return Ok(None);
     }
-    time_wait::inside(file, see).map(Some)
+    time_wait::inside(file, work).map(Some)
 }
 
 /// Reads the namespace of the calling thread.

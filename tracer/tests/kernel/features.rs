@@ -49,6 +49,9 @@ const SECCOMP: &str = "seccomp";
 /// The walk over the storage of all sockets.
 pub(crate) const STORAGE_WALK: &str = "iter/bpf_sk_storage_map";
 
+/// The walk over open files, and what it can do with the sockets that it finds.
+pub(crate) const OPEN_FILES: &str = "iter/task_file";
+
 /// A process may read its own maps without `CAP_BPF`.
 pub(crate) const MAPS_WITHOUT_CAPABILITY: &str = "maps without CAP_BPF";
 
@@ -96,7 +99,8 @@ fn is_lacking(feature: &str, found: bool, release: &str, version: (u32, u32)) ->
 #[track_caller]
 pub(crate) fn lacks(feature: &str, found: bool) -> bool {
     let (release, version) = &*RELEASE;
-    let is_refused = feature == STORAGE_WALK && !found && *REFUSES_STORAGE_WALK;
+    let is_refused =
+        !found && (feature == STORAGE_WALK && *REFUSES_STORAGE_WALK || feature == OPEN_FILES && *DISTRUSTS_OPEN_FILES);
     if !is_refused && !is_lacking(feature, found, release, *version) {
         return false;
     }
@@ -118,6 +122,38 @@ pub(crate) fn is_without_storage_walk() -> bool {
 
 /// Whether this kernel is one that refuses any program for that walk (`EPERM`), as some do that are built for guests.
 static REFUSES_STORAGE_WALK: LazyLock<bool> = LazyLock::new(|| {
+    // r0 = 0; exit
+    refusal("bpf_iter_bpf_sk_storage_map", &[0xb7, 0x95]) == Some(libc::EPERM)
+});
+
+/// Whether this kernel is one whose helpers do not take what a program has read from an open file (`EACCES`).
+static DISTRUSTS_OPEN_FILES: LazyLock<bool> = LazyLock::new(|| {
+    let btf = btf_rs::Btf::from_file("/sys/kernel/btf/vmlinux").expect("types");
+    let holder = btf.resolve_types_by_name("socket").expect("it has sockets");
+    let mut members = holder.iter().filter_map(|found| match found {
+        btf_rs::Type::Struct(found) => {
+            found.members.iter().find(|member| btf.resolve_name(*member).is_ok_and(|name| name == "sk"))
+        }
+        _ => None,
+    });
+    let sk = u64::from(members.next().expect("a socket has one").bit_offset()) / 8;
+    // r1 = ctx->file; if (!r1) goto out; r0 = bpf_sock_from_file(r1); if (!r0) goto out;
+    // r1 = r0->sk; bpf_get_socket_cookie(r1); out: r0 = 0; exit
+    let program = [
+        0x79 | 0x11 << 8 | 24 << 16,
+        0x15 | 0x01 << 8 | 4 << 16,
+        0x85 | 162 << 32,
+        0x15 | 2 << 16,
+        0x79 | 0x01 << 8 | sk << 16,
+        0x85 | 46 << 32,
+        0xb7,
+        0x95,
+    ];
+    refusal("bpf_iter_task_file", &program) == Some(libc::EACCES)
+});
+
+/// With which error this kernel refuses a program for a walk, which is the function `target`.
+fn refusal(target: &str, program: &[u64]) -> Option<i32> {
     /// `BPF_PROG_LOAD`, and the beginning of its `union bpf_attr` (`include/uapi/linux/bpf.h`).
     const LOAD: i32 = 5;
     #[repr(C)]
@@ -146,14 +182,12 @@ static REFUSES_STORAGE_WALK: LazyLock<bool> = LazyLock::new(|| {
     }
     const TRACING: u32 = 26;
     const TRACE_ITER: u32 = 28;
-    // r0 = 0; exit
-    const NOTHING: [u64; 2] = [0xb7, 0x95];
     let btf = btf_rs::Btf::from_file("/sys/kernel/btf/vmlinux").expect("types");
-    let target = btf.resolve_ids_by_name("bpf_iter_bpf_sk_storage_map").unwrap_or_default();
+    let target = btf.resolve_ids_by_name(target).unwrap_or_default();
     let load = Load {
         prog_type: TRACING,
-        insn_cnt: NOTHING.len() as u32,
-        insns: NOTHING.as_ptr() as u64,
+        insn_cnt: program.len() as u32,
+        insns: program.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         expected_attach_type: TRACE_ITER,
         attach_btf_id: target.first().copied().unwrap_or_default(),
@@ -165,22 +199,39 @@ static REFUSES_STORAGE_WALK: LazyLock<bool> = LazyLock::new(|| {
         let error = io::Error::last_os_error();
         if program >= 0 {
             drop(OwnedFd::from_raw_fd(program as i32));
+            return None;
         }
-        program < 0 && error.raw_os_error() == Some(libc::EPERM)
+        error.raw_os_error()
     }
-});
+}
+
+/// Whether helpers take no socket of an open file on this kernel. Then tracer says so on each start.
+pub(crate) fn distrusts_open_files() -> bool {
+    *DISTRUSTS_OPEN_FILES
+}
+
+/// The hooks of which it is said on each start, on this kernel, that they are not there, or cannot do all.
+pub(crate) fn always_degraded() -> impl Iterator<Item = &'static str> {
+    let open_files = distrusts_open_files().then_some(OPEN_FILES);
+    open_files.into_iter().chain(is_without_storage_walk().then_some(STORAGE_WALK))
+}
+
+/// Whether a line says one of these.
+pub(crate) fn is_always_said(line: &str) -> bool {
+    always_degraded().any(|hook| line.contains(hook))
+}
 
 /// What a `start` line says is degraded, but for what is so on every start on this kernel.
 pub(crate) fn degraded(start: &Value) -> Vec<&Value> {
     let said = start["degraded"].as_array().expect("a list");
-    let always = |line: &Value| line.as_str().is_some_and(|line| line.contains(STORAGE_WALK));
-    assert_eq!(said.iter().filter(|line| always(line)).count(), usize::from(is_without_storage_walk()), "{start:#}");
+    let always = |line: &Value| line.as_str().is_some_and(is_always_said);
+    assert_eq!(said.iter().filter(|line| always(line)).count(), always_degraded().count(), "{start:#}");
     said.iter().filter(|line| !always(line)).collect()
 }
 
 /// What `tracer doctor` says of this kernel where nothing is missing that a host can have.
 pub(crate) fn verdict() -> &'static str {
-    if is_without_storage_walk() { "degraded" } else { "works" }
+    if always_degraded().next().is_some() { "degraded" } else { "works" }
 }
 
 /// Appends a line to a file, or else prints it. On stdout the test harness may be in the middle of a line of its own.
