@@ -14,7 +14,7 @@ fn main() {
 fn segment(http: &mut Http, seq: u32, bytes: &[u8]) {
     let Some(at) = head::enter(http, INGRESS, seq, bytes.len() as u32) else { return };
     let mut window = Window::EMPTY;
-    head::begin(&mut window, at, bytes.len() as u32);
+    head::begin(&mut window, at, bytes.len() as u32, false);
     let mut finished = false;
     for _ in 0..MAX_STEPS {
         if let Some((at, n)) = head::refill(http, INGRESS, &mut window) {

@@ -141,13 +141,38 @@ pub struct Window {
     filled: u32,
     /// The last position in the window that may be looked at: what is filled goes on for [`REACH`] bytes, or to the segment's end.
     last: u32,
+    lines: Lines,
     /// To be filled where [`refill`] says so. Behind what is filled may be anything, another connection's head as well.
     pub words: [u64; WINDOW_WORDS],
 }
 
 impl Window {
     /// With nothing in it.
-    pub const EMPTY: Self = Self { at: 0, len: 0, from: 0, filled: 0, last: 0, words: [0; WINDOW_WORDS] };
+    pub const EMPTY: Self =
+        Self { at: 0, len: 0, from: 0, filled: 0, last: 0, lines: Lines::NONE, words: [0; WINDOW_WORDS] };
+}
+
+/// What the lines of a head say, if all of them are usual: what [`walk`] needs to take them in again without reading them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Lines {
+    /// Where in the segment they begin, behind the start line; 0: these are not known.
+    from: u32,
+    /// Behind the end of the head; 0: not reached yet.
+    to: u32,
+    /// The `Content-Length`, if [`framing`] says that there was one.
+    length: u64,
+    /// Of the head: [`kind`].
+    kind: u8,
+    /// [`framing`] bits.
+    framing: u8,
+    /// `Connection` tokens.
+    tokens: u8,
+    _pad: [u8; 5],
+}
+
+impl Lines {
+    const NONE: Self = Self { from: 0, to: 0, length: 0, kind: 0, framing: 0, tokens: 0, _pad: [0; 5] };
 }
 
 /// Longest head that is followed (RFC 9112 names no limit; common servers stop at 8 to 64 KiB).
@@ -695,13 +720,23 @@ pub fn leave(http: &mut Http, direction: usize, finished: bool) {
     }
 }
 
-/// Begins with a segment of `len` bytes of payload, at the one that [`enter`] has answered.
+/// Begins with a segment of `len` bytes of payload, at the one that [`enter`] has answered. `same`: the window was used for this segment
+/// last, and that was finished.
+///
+/// Between two processes of one host each segment passes twice in a row, as it leaves and as it arrives: the second time what its lines
+/// say is known, and its beginning is in the window, if that was filled once.
 #[inline(always)]
-pub fn begin(window: &mut Window, at: u32, len: u32) {
+pub fn begin(window: &mut Window, at: u32, len: u32, same: bool) {
     window.at = at;
-    window.len = len;
-    window.from = at;
-    window.filled = 0;
+    if !same {
+        window.len = len;
+        window.lines.from = 0;
+        window.lines.to = 0;
+    }
+    if !same || window.from != at {
+        window.from = at;
+        window.filled = 0;
+    }
 }
 
 /// Whether the window must be filled before the next [`step`]: from which byte of the segment, and with how many bytes
@@ -746,7 +781,13 @@ pub fn is_inside_body(http: &mut Http, direction: usize, seq: u32, len: u32) -> 
 pub fn step(http: &mut Http, direction: usize, window: &mut Window) -> bool {
     match head_usual(http, window, direction as u32) {
         DONE => return false,
-        OTHER => _ = head_other(http, window, direction as u32),
+        OTHER => {
+            if window.lines.to == 0 {
+                // Not all of them are usual.
+                window.lines.from = 0;
+            }
+            head_other(http, window, direction as u32);
+        }
         _ => {}
     }
     let s = stream(http, direction);
@@ -794,7 +835,7 @@ extern "C" fn head_usual(http: *mut Http, window: *mut Window, direction: u32) -
         if s.phase != phase::LINE && s.phase != phase::SKIP {
             return OTHER;
         }
-        usual = walk(http, direction, window);
+        usual = walk(http, direction, window, first == phase::START);
     }
     let phase = stream(http, direction).phase;
     if phase == phase::BODY || phase == phase::CHUNK_DATA {
@@ -941,39 +982,63 @@ const MAX_LINES: u64 = 24;
 
 /// Lines of a head, as far as the window is filled, or to the end of the head. Answers whether the next one is not for [`line`].
 #[inline(always)]
-fn walk(http: &mut Http, direction: usize, window: &mut Window) -> bool {
+fn walk(http: &mut Http, direction: usize, window: &mut Window, behind_start_line: bool) -> bool {
     let s = stream(http, direction);
-    let mid = s.phase == phase::SKIP;
-    let (from, end) = (window.at.wrapping_sub(window.from), window.filled);
-    let mut place = if mid { from | MID } else { from };
-    if mid && from == 0 && end >= BLOCK_BYTES {
-        place = head_stretch(window) | MID;
+    let lines = &mut window.lines;
+    let (used, ended, usual);
+    if behind_start_line && lines.to != 0 && lines.from == window.at && lines.kind == s.kind {
+        s.framing = lines.framing;
+        s.length = lines.length;
+        let tokens = lines.tokens;
+        (used, ended, usual) = (lines.to.wrapping_sub(lines.from), true, true);
+        add_tokens(http, direction, tokens);
+    } else {
+        if behind_start_line {
+            lines.from = window.at;
+            lines.to = 0;
+        }
+        let mid = s.phase == phase::SKIP;
+        let (from, end) = (window.at.wrapping_sub(window.from), window.filled);
+        let mut place = if mid { from | MID } else { from };
+        if mid && from == 0 && end >= BLOCK_BYTES {
+            place = head_stretch(window) | MID;
+        }
+        if !mid && s.field != field::NONE {
+            place = from | UNUSUAL;
+        }
+        let last = window.last;
+        let mut turns = 0;
+        let zero = zero(window);
+        while turns < MAX_LINES && place & !MID <= last {
+            place = usual_line(http, direction, window, place).wrapping_add(zero);
+            turns = next(turns);
+        }
+        let mut position = place & (MID - 1);
+        let mut next = if place & MID != 0 { phase::SKIP } else { phase::LINE };
+        if place & (END | UNUSUAL) == 0 && position >= end {
+            // What lies beyond the end is of an earlier window.
+            position = end;
+            // SAFETY: a byte of the window.
+            let last = unsafe { *(&raw const window.words).cast::<u8>().add(inside(end.wrapping_sub(1))) };
+            next = if last == b'\n' { phase::LINE } else { phase::SKIP };
+        }
+        let s = stream(http, direction);
+        s.phase = next;
+        (used, ended, usual) = (position.wrapping_sub(from), place & END != 0, place & UNUSUAL == 0);
+        let lines = &mut window.lines;
+        if ended && lines.from != 0 && lines.to == 0 {
+            lines.to = window.at.wrapping_add(used);
+            lines.length = s.length;
+            lines.kind = s.kind;
+            lines.framing = s.framing;
+            lines.tokens = s.tokens;
+        }
     }
-    if !mid && s.field != field::NONE {
-        place = from | UNUSUAL;
-    }
-    let last = window.last;
-    let mut turns = 0;
-    let zero = zero(window);
-    while turns < MAX_LINES && place & !MID <= last {
-        place = usual_line(http, direction, window, place).wrapping_add(zero);
-        turns = next(turns);
-    }
-    let mut position = place & (MID - 1);
-    let mut next = if place & MID != 0 { phase::SKIP } else { phase::LINE };
-    if place & (END | UNUSUAL) == 0 && position >= end {
-        // What lies beyond the end is of an earlier window.
-        position = end;
-        // SAFETY: a byte of the window.
-        let last = unsafe { *(&raw const window.words).cast::<u8>().add(inside(end.wrapping_sub(1))) };
-        next = if last == b'\n' { phase::LINE } else { phase::SKIP };
-    }
-    stream(http, direction).phase = next;
-    advance(http, direction, window, position.wrapping_sub(from));
-    if place & END != 0 {
+    advance(http, direction, window, used);
+    if ended {
         end_head(http, direction, 0, window.len.wrapping_sub(window.at));
     }
-    place & UNUSUAL == 0
+    usual
 }
 
 /// Words that [`head_stretch`] looks at together.

@@ -1261,6 +1261,33 @@ fn the_fuzz_corpus_passes() {
     }
 }
 
+/// Between two processes of one host.
+#[test]
+fn what_leaves_is_not_read_again_as_it_arrives() {
+    let response = b"HTTP/1.1 200 OK\r\nServer: s\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok";
+    let mut window = Window::EMPTY;
+    let mut look = |direction: usize, same: bool| {
+        let mut http = Http::ZERO;
+        super::role(&mut http, if direction == EGRESS { SERVER } else { CLIENT });
+        let at = enter(&mut http, direction, 7, response.len() as u32).expect("it is new");
+        begin(&mut window, at, response.len() as u32, same);
+        let filled = refill(&mut http, direction, &mut window);
+        assert_eq!(filled.is_none(), same);
+        if filled.is_some() {
+            bytemuck::cast_slice_mut(&mut window.words)[..response.len()].copy_from_slice(response);
+        }
+        assert!(!step(&mut http, direction, &mut window));
+        leave(&mut http, direction, true);
+        // The lines are not looked at a second time.
+        bytemuck::cast_slice_mut::<u64, u8>(&mut window.words)[b"HTTP/1.1 200 OK\r\n".len()..].fill(b'?');
+        assert_eq!((stream(&mut http, direction).phase, stream(&mut http, direction).length), (phase::START, 0));
+        http.exchange
+    };
+    let (leaves, arrives) = (look(EGRESS, false), look(INGRESS, true));
+    assert_eq!((leaves.status, leaves.response_connection), (200, CLOSE));
+    assert_eq!((arrives.status, arrives.response_connection), (200, CLOSE));
+}
+
 proptest! {
     // The reader starts again with each segment: fewer, and longer ones.
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]

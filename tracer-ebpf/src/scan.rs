@@ -15,6 +15,7 @@ use aya_ebpf::{
 use tracer_ebpf::head::{self, Http, Window};
 
 use crate::sock;
+use crate::traffic::Segment;
 
 /// What one step of the loop is given.
 #[repr(C)]
@@ -33,11 +34,16 @@ struct Context {
 struct Buffer {
     /// 1: a program reads there.
     busy: u32,
+    /// The segment for which the window was used last, and finished: bytes of payload, the address of its headers in memory (0: there is
+    /// none), and these from the last eight bytes of the IP addresses on: ports, sequence and acknowledgment number, flags, window.
+    len: u32,
+    headers_at: u64,
+    headers: [u64; 3],
     window: Window,
 }
 
-/// For each CPU, one for what is received and one for what is sent; and further ones where a program was interrupted or, as
-/// newer kernels do, preempted, while it read. With none left the segment is not looked at, and its direction lost.
+/// For each CPU, one; and further ones where a program was interrupted or, as newer kernels do, preempted, while it read. With none left
+/// the segment is not looked at, and its direction lost. One for both directions, because of [`is_same`].
 const BUFFERS: u32 = 8;
 #[btf_map]
 static WINDOWS: PerCpuArray<Buffer, { BUFFERS as usize }> = PerCpuArray::new();
@@ -47,7 +53,8 @@ static WINDOWS: PerCpuArray<Buffer, { BUFFERS as usize }> = PerCpuArray::new();
 /// # Safety
 /// `skb` is the context of the running program and `http` its socket's state, in map memory.
 #[inline(always)]
-pub(crate) unsafe fn scan(skb: *mut __sk_buff, direction: usize, payload_at: u32, seq: u32, len: u32, http: *mut Http) {
+pub(crate) unsafe fn scan(skb: *mut __sk_buff, direction: usize, segment: &Segment, http: *mut Http) {
+    let (seq, len) = (segment.seq, segment.len);
     // SAFETY: valid as the caller says. The other direction may be scanned on another CPU at the same time: each writes
     // its own stream, and what the two share is written in the way that `Http` describes.
     let state = unsafe { &mut *http };
@@ -69,7 +76,7 @@ pub(crate) unsafe fn scan(skb: *mut __sk_buff, direction: usize, payload_at: u32
     }
     if let Some(at) = head::enter(state, direction, seq, len) {
         // SAFETY: as the caller says.
-        unsafe { run(skb, direction, payload_at, at, len, state) };
+        unsafe { run(skb, direction, segment, at, state) };
     }
     if direction == head::INGRESS {
         // SAFETY: an aligned word of `state`. An exchange orders it behind everything that was written before.
@@ -117,8 +124,8 @@ unsafe fn give_back(word: *mut u32) {
 
 /// One that nobody else uses until `busy` is cleared.
 #[inline(always)]
-fn buffer(direction: usize) -> Option<*mut Buffer> {
-    let buffer = WINDOWS.get_ptr_mut(direction as u32 & 1)?;
+fn buffer() -> Option<*mut Buffer> {
+    let buffer = WINDOWS.get_ptr_mut(0)?;
     // SAFETY: an aligned word of the map.
     if unsafe { exchange(&raw mut (*buffer).busy, 1) } == 0 {
         return Some(buffer);
@@ -139,8 +146,50 @@ fn another_buffer() -> u32 {
             }
         )* };
     }
-    buffers!(2 3 4 5 6 7);
+    buffers!(1 2 3 4 5 6 7);
     BUFFERS
+}
+
+/// Whether a segment is the one for which the window was used last, and finished. Between two processes of one host each segment passes
+/// twice in a row on one CPU, as it leaves and as it arrives, and it is the same memory: whoever changes a packet on its way copies it,
+/// since TCP keeps it. That memory can be another segment's later, so the headers are compared, too.
+///
+/// # Safety
+/// `skb` is the context of the running program and `segment` of its packet; the buffer is the program's own.
+#[inline(always)]
+unsafe fn is_same(skb: *mut __sk_buff, segment: &Segment, buffer: &mut Buffer) -> bool {
+    // SAFETY: by the caller's word; in front of the TCP header, of 20 bytes at least, is an IP header.
+    unsafe {
+        let Some(header) = segment.header else {
+            buffer.headers_at = 0;
+            return false;
+        };
+        let headers = [word::<0>(header - 8), word::<0>(header), word::<8>(header)];
+        let at = u64::from((*skb).data);
+        // Through memory: to a verifier it is a pointer otherwise, with which not all can be done.
+        let before = (&raw const buffer.headers_at).read_volatile();
+        // Not the arrays, for which a loop over their bytes would be called.
+        let ([a, b, c], [d, e, f]) = (headers, buffer.headers);
+        let is_same = before == at && buffer.len == segment.len && a == d && b == e && c == f;
+        (&raw mut buffer.headers_at).write_volatile(at);
+        buffer.len = segment.len;
+        buffer.headers = headers;
+        is_same
+    }
+}
+
+/// The eight bytes that begin `N` bytes behind `at`.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+unsafe fn word<const N: usize>(at: usize) -> u64 {
+    let word: u64;
+    // SAFETY: by the caller's word. In assembly: where it is not known to be aligned, rustc would load byte by byte.
+    unsafe {
+        core::arch::asm!("{0} = *(u64 *)({1} + {2})", out(reg) word, in(reg) at, const N, options(pure, readonly, nostack))
+    };
+    word
 }
 
 /// The turns of the scanner.
@@ -148,8 +197,8 @@ fn another_buffer() -> u32 {
 /// # Safety
 /// As for [`scan`]; the caller has what [`head::enter`] answered.
 #[inline(always)]
-unsafe fn run(skb: *mut __sk_buff, direction: usize, payload_at: u32, at: u32, len: u32, http: &mut Http) {
-    let Some(buffer) = buffer(direction) else {
+unsafe fn run(skb: *mut __sk_buff, direction: usize, segment: &Segment, at: u32, http: &mut Http) {
+    let Some(buffer) = buffer() else {
         head::leave(http, direction, false);
         return;
     };
@@ -161,16 +210,20 @@ unsafe fn run(skb: *mut __sk_buff, direction: usize, payload_at: u32, at: u32, l
         (*context).skb = skb;
         (*context).http = http;
         (*context).window = &raw mut (*buffer).window;
-        (*context).payload_at = payload_at;
+        (*context).payload_at = segment.payload_at;
         (*context).direction = direction as u32;
         (*context).finished = 0;
-        head::begin(&mut (*buffer).window, at, len);
+        let same = is_same(skb, segment, &mut *buffer);
+        head::begin(&mut (*buffer).window, at, segment.len, same);
         // Most segments need but one turn. It is cheaper outside of the loop.
         if turn(context) == 0 {
             bpf_loop(head::MAX_STEPS, step as *mut c_void, context.cast(), 0);
         }
         let finished = (&raw const (*context).finished).read_volatile() != 0;
         head::leave(http, direction, finished);
+        if !finished {
+            (*buffer).headers_at = 0;
+        }
         give_back(&raw mut (*buffer).busy);
     }
 }

@@ -44,13 +44,15 @@ fn packets(ctx: SkBuffContext) -> i32 {
 }
 
 /// A TCP segment, as its headers say.
-struct Segment {
+pub(crate) struct Segment {
+    /// Where the TCP header is, if the IP header in front of it is of the usual size.
+    pub(crate) header: Option<usize>,
     /// Offset of the payload in the packet.
-    payload_at: u32,
+    pub(crate) payload_at: u32,
     /// Bytes of payload.
-    len: u32,
+    pub(crate) len: u32,
     /// Sequence number of the first byte of payload.
-    seq: u32,
+    pub(crate) seq: u32,
     flags: u8,
     source_port: u16,
     dest_port: u16,
@@ -69,11 +71,11 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
             return None;
         }
         let first = *(data as *const u8);
-        let (header, at) = if first == 0x45 {
+        let (header, at, usual) = if first == 0x45 {
             if *((data + 9) as *const u8) != IPPROTO_TCP {
                 return None;
             }
-            (data + 20, 20)
+            (data + 20, 20, true)
         } else if first >> 4 == 6 {
             if *((data + 6) as *const u8) != IPPROTO_TCP {
                 return behind_extensions(skb);
@@ -81,7 +83,7 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
             if data + 60 > end {
                 return None;
             }
-            (data + 40, 40)
+            (data + 40, 40, true)
         } else if first >> 4 == 4 {
             // IPv4 with options.
             if *((data + 9) as *const u8) != IPPROTO_TCP {
@@ -91,11 +93,16 @@ unsafe fn segment(skb: *mut __sk_buff) -> Option<Segment> {
             if ip < 20 || data + ip + 20 > end {
                 return None;
             }
-            (data + ip, ip as u32)
+            (data + ip, ip as u32, false)
         } else {
             return None;
         };
-        Some(Segment::new((*skb).len, at, [word::<0>(header), word::<4>(header), word::<12>(header)]))
+        Some(Segment::new(
+            (*skb).len,
+            at,
+            usual.then_some(header),
+            [word::<0>(header), word::<4>(header), word::<12>(header)],
+        ))
     }
 }
 
@@ -117,12 +124,13 @@ impl Segment {
     /// From the words of the TCP header, which is at `at` of a packet of `packet_len` bytes, that hold the ports, the
     /// sequence number, and the header's length with the flags.
     #[inline(always)]
-    fn new(packet_len: u32, at: u32, [ports, seq, offset_flags]: [u32; 3]) -> Self {
+    fn new(packet_len: u32, at: u32, header: Option<usize>, [ports, seq, offset_flags]: [u32; 3]) -> Self {
         let payload_at = at + (offset_flags >> 28) * 4;
         let flags = (offset_flags >> 16) as u8;
         // The payload of a RST is a text for people.
         let len = if flags & RST != 0 { 0 } else { packet_len.saturating_sub(payload_at) };
         Self {
+            header,
             payload_at,
             len,
             seq: seq.wrapping_add(u32::from(flags & SYN != 0)),
@@ -171,7 +179,7 @@ unsafe fn behind_extensions(skb: *mut __sk_buff) -> Option<Segment> {
             return None;
         }
         let [ports, seq, _, offset_flags] = words.map(u32::from_be);
-        Some(Segment::new((*skb).len, at, [ports, seq, offset_flags]))
+        Some(Segment::new((*skb).len, at, None, [ports, seq, offset_flags]))
     }
 }
 
@@ -243,7 +251,7 @@ unsafe fn packet(skb: *mut __sk_buff, direction: usize) {
         }
         // Last: the verifier follows all that comes behind it once for each of the many ways through it.
         if segment.len != 0 {
-            scan::scan(skb, direction, segment.payload_at, segment.seq, segment.len, &raw mut conn.http);
+            scan::scan(skb, direction, &segment, &raw mut conn.http);
         }
     }
 }
@@ -373,7 +381,7 @@ unsafe fn listener(skb: *mut __sk_buff, segment: &Segment) {
         (*handover).syn = u32::from(segment.flags & SYN != 0);
         (*handover).http.full_target = u8::from(sock::config_full_target());
         head::role(&mut (*handover).http, role::SERVER);
-        scan::scan(skb, INGRESS, segment.payload_at, segment.seq, segment.len, &raw mut (*handover).http);
+        scan::scan(skb, INGRESS, segment, &raw mut (*handover).http);
         (*handover).valid = 1;
     }
 }

@@ -18,6 +18,8 @@ const SMALLEST_HEAD: usize = 14;
 /// The longest input that is looked at: shorter than the longest head, and with fewer steps than a segment may take.
 pub const LONGEST: usize = 12 << 10;
 
+/// What is behind the filled part of the window, if nothing else is said.
+const USUAL: &[u8] = b"\r\nclose\n";
 /// What a scanner that looks behind the filled part of its window would like to find there.
 const TEMPTING: [&[u8]; 8] = [
     b"on: close\r\nX: y",
@@ -33,24 +35,44 @@ const TEMPTING: [&[u8]; 8] = [
 /// As far as it may look.
 const BEHIND: usize = 64;
 
-/// Gives a segment to the scanner, as the kernel's programs do; twice, since what lies behind the filled part of the window, which is
-/// of another head there, must not matter.
+/// Gives a segment to the scanner, as the kernel's programs do; and again, in ways that must not matter: with something else behind the
+/// filled part of the window, where another head is in the kernel; and with a window in which the same segment was looked at before,
+/// for this socket or for another one.
 pub fn segment(http: &mut Http, direction: usize, seq: u32, bytes: &[u8]) {
-    let mut again = *http;
-    scan(http, direction, seq, bytes, b"\r\nclose\n");
-    scan(&mut again, direction, seq, bytes, TEMPTING[(seq as usize ^ bytes.len()) % TEMPTING.len()]);
+    let before = *http;
+    let mut used = Window::EMPTY;
+    scan(http, direction, seq, bytes, USUAL, &mut used, false);
+    let mut again = before;
+    let tempting = TEMPTING[(seq as usize ^ bytes.len()) % TEMPTING.len()];
+    scan(&mut again, direction, seq, bytes, tempting, &mut { Window::EMPTY }, false);
     assert_eq!(bytemuck::bytes_of(http), bytemuck::bytes_of(&again), "what lies behind the window's end matters");
+    again = before;
+    scan(&mut again, direction, seq, bytes, USUAL, &mut used, true);
+    assert_eq!(bytemuck::bytes_of(http), bytemuck::bytes_of(&again), "that it was looked at before matters");
+    for role in [roles::CLIENT, roles::SERVER] {
+        let mut other = Http::ZERO;
+        head::role(&mut other, role);
+        let mut used = Window::EMPTY;
+        scan(&mut other, EGRESS, seq, bytes, USUAL, &mut used, false);
+        again = before;
+        scan(&mut again, direction, seq, bytes, USUAL, &mut used, true);
+        // How long a head was that is too long can differ: it is known at the end of a window.
+        assert_eq!(raw(&http.exchange), raw(&again.exchange), "that it was looked at for another socket matters");
+    }
+    // What follows must come out the same from there.
+    if seq.is_multiple_of(2) {
+        *http = again;
+    }
 }
 
-/// The same, with `behind` behind the filled part of the window, again and again.
-fn scan(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], behind: &[u8]) {
+/// The same, with `behind` behind the filled part of the window, again and again. `same`: the window was used for this segment last.
+fn scan(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], behind: &[u8], window: &mut Window, same: bool) {
     let Some(at) = head::enter(http, direction, seq, bytes.len() as u32) else { return };
-    let mut window = Window::EMPTY;
-    head::begin(&mut window, at, bytes.len() as u32);
+    head::begin(window, at, bytes.len() as u32, same);
     let mut finished = false;
     for turn in 0..MAX_STEPS {
         assert!(turn as usize <= bytes.len() * 2, "a step takes a byte, or is followed by one that does");
-        if let Some((at, n)) = head::refill(http, direction, &mut window) {
+        if let Some((at, n)) = head::refill(http, direction, window) {
             let (at, n) = (at as usize, n as usize);
             assert!(n > 0 && n <= WINDOW && at + n <= bytes.len(), "the window leaves the segment");
             let filled = bytes[at..at + n].iter().chain(behind.iter().cycle()).take(n + BEHIND);
@@ -59,7 +81,7 @@ fn scan(http: &mut Http, direction: usize, seq: u32, bytes: &[u8], behind: &[u8]
                 window.words[i / 8] = window.words[i / 8] & !(0xff << shift) | u64::from(*byte) << shift;
             }
         }
-        if !head::step(http, direction, &mut window) {
+        if !head::step(http, direction, window) {
             finished = true;
             break;
         }
@@ -139,6 +161,7 @@ pub fn conversation(data: &[u8]) -> Option<(Options, Vec<Event>)> {
 /// Values of `tracer_ebpf::role`.
 mod roles {
     pub(super) const CLIENT: u8 = 1;
+    pub(super) const SERVER: u8 = 2;
 }
 
 fn new(options: Options) -> Http {
