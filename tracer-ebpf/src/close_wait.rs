@@ -36,7 +36,8 @@ extern "C" fn close_wait(ctx: *mut SocketStorage) -> c_int {
     0
 }
 
-/// Looks at one open file, and has the state of idle sockets moved out of their slots. It does not find a socket that is in no process's
+/// Looks at one open file, and has the state of idle sockets moved out of their slots, or, where it cannot do that
+/// ([`sock::config_files_trusted`]), looks for a slot for what was open before and has none. It does not find a socket that is in no process's
 /// table of open files: because none has accepted it, or because it is io_uring's own, or the kernel's.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
@@ -48,7 +49,7 @@ extern "C" fn look_at_files(ctx: *mut TaskFile) -> c_int {
             let cookie = if trusted { sock::cookie(sk) } else { sock::known_cookie(sk) };
             if !trusted {
                 // It may have found its slot taken.
-                owner::held_by((*ctx).task, sk);
+                owner::held_by((*ctx).task, sk, true);
             }
             report(sk, cookie, trusted);
             if trusted {

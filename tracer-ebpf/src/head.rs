@@ -728,8 +728,9 @@ pub fn leave(http: &mut Http, direction: usize, finished: bool) {
 #[inline(always)]
 pub fn begin(window: &mut Window, at: u32, len: u32, same: bool) {
     window.at = at;
-    if !same {
-        window.len = len;
+    window.len = len;
+    // Of a head that the segment does not end, the end is not to come from another one.
+    if !same || window.lines.to == 0 {
         window.lines.from = 0;
         window.lines.to = 0;
     }
@@ -1344,9 +1345,9 @@ pub fn clamp<const MASK: i32>(x: u64) -> u64 {
 /// The 8 bytes that begin `N` bytes behind `at`, wherever that is.
 ///
 /// # Safety
-/// They can be read: where `at` is not behind [`LAST_POSITION`] of a window, they can.
+/// They can be read: where `at` is not behind `LAST_POSITION` of a window, they can.
 #[inline(always)]
-unsafe fn word_at<const N: usize>(at: *const u8) -> u64 {
+pub unsafe fn word_at<const N: usize>(at: *const u8) -> u64 {
     const { assert!(N + 8 <= REACH) };
     #[cfg(target_arch = "bpf")]
     {

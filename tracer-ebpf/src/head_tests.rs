@@ -1261,6 +1261,28 @@ fn the_fuzz_corpus_passes() {
     }
 }
 
+/// The next head begins in the segment that ends one, and goes on in another: what is known of the lines of one is not taken for the
+/// other's, when both are looked at for a second socket.
+#[test]
+fn lines_are_of_one_head() {
+    let text = "x".repeat(600);
+    let body = format!(
+        "POST /1 HTTP/1.1\r\nConnection: close\r\nContent-Length: 600\r\n\r\n{text}GET /2 HTTP/1.1\r\nA: b\r\n\r\n"
+    );
+    let get = format!("GET /1 HTTP/1.1\r\nA: {text}\r\nB: {}\r\n\r\nGET /2 HTTP/1.1\r\nA: b\r\n\r\n", &text[..300]);
+    for stream in [body, get] {
+        let end = stream.find("GET /2").expect("it is there");
+        for first in 1..end - 1 {
+            let mut c = Connection::new(SERVER);
+            let (whole, cut) = (stream.as_bytes(), end + "GET /2 HTTP/1.1\r\nA:".len());
+            c.send::<IN>(&whole[..first]).send::<IN>(&whole[first..cut]).send::<IN>(&whole[cut..]);
+            let x = c.x();
+            assert_eq!((x.requests, target(&x), x.request_connection), (2, &b"/2"[..], COMPLETE), "cut at {first}");
+            assert!(!c.has(bit::REQUESTS_LOST), "cut at {first}");
+        }
+    }
+}
+
 /// Between two processes of one host.
 #[test]
 fn what_leaves_is_not_read_again_as_it_arrives() {

@@ -250,18 +250,19 @@ extern "C" fn open_files(ctx: *mut TaskFile) -> c_int {
     // SAFETY: the kernel passes a `struct bpf_iter__task_file`; the file is held for the call, and so is its socket.
     unsafe {
         if let Some(sk) = (*ctx).tcp_socket() {
-            held_by((*ctx).task, sk);
+            held_by((*ctx).task, sk, false);
         }
     }
     0
 }
 
-/// Notes that a process holds a socket, if nobody knows more of whose it is.
+/// Notes that a process holds a socket, if nobody knows more of whose it is. `late`: in a later walk than the first, where that counts only
+/// for what is older than the programs.
 ///
 /// # Safety
 /// `task` is NULL or a BTF pointer to a `struct task_struct`, and `sk` one to a TCP `struct sock` which is an open file of it.
 #[inline(always)]
-pub(crate) unsafe fn held_by(task: *mut c_void, sk: Sock) {
+pub(crate) unsafe fn held_by(task: *mut c_void, sk: Sock, late: bool) {
     // SAFETY: by the caller's word; what is read from them is read at BTF offsets.
     unsafe {
         let state = sock::state(sk);
@@ -278,6 +279,9 @@ pub(crate) unsafe fn held_by(task: *mut c_void, sk: Sock) {
         let Some(conn) = slot::of_file(sk, cookie, trusted) else { return };
         if conn.cookie == 0 {
             traffic::first_sight(conn, cookie, state, conn::now());
+        }
+        if late && conn.older == 0 {
+            return;
         }
         let mut found = Task::NONE;
         if sock::process(task, &raw mut found) != Who::Process {

@@ -34,8 +34,8 @@ struct Context {
 struct Buffer {
     /// 1: a program reads there.
     busy: u32,
-    /// The segment for which the window was used last, and finished: bytes of payload, the address of its headers in memory (0: there is
-    /// none), and these from the last eight bytes of the IP addresses on: ports, sequence and acknowledgment number, flags, window.
+    /// The segment for which the window was used last, and finished, if that one left: bytes of payload, the address of its headers in
+    /// memory (0: there is none), and these from the last eight bytes of the IP addresses on: ports, sequence and acknowledgment number, flags, window.
     len: u32,
     headers_at: u64,
     headers: [u64; 3],
@@ -150,46 +150,37 @@ fn another_buffer() -> u32 {
     BUFFERS
 }
 
-/// Whether a segment is the one for which the window was used last, and finished. Between two processes of one host each segment passes
+/// Whether a segment is the one that left when the window was used last, and was finished. Between two processes of one host each segment passes
 /// twice in a row on one CPU, as it leaves and as it arrives, and it is the same memory: whoever changes a packet on its way copies it,
-/// since TCP keeps it. That memory can be another segment's later, so the headers are compared, too.
+/// since TCP keeps it until it is acknowledged. (What a device has received can lie where another segment was.) The headers are compared, too.
 ///
 /// # Safety
 /// `skb` is the context of the running program and `segment` of its packet; the buffer is the program's own.
 #[inline(always)]
-unsafe fn is_same(skb: *mut __sk_buff, segment: &Segment, buffer: &mut Buffer) -> bool {
+unsafe fn is_same(skb: *mut __sk_buff, direction: usize, segment: &Segment, buffer: &mut Buffer) -> bool {
     // SAFETY: by the caller's word; in front of the TCP header, of 20 bytes at least, is an IP header.
     unsafe {
         let Some(header) = segment.header else {
             buffer.headers_at = 0;
             return false;
         };
-        let headers = [word::<0>(header - 8), word::<0>(header), word::<8>(header)];
+        let word = |at: usize| head::word_at::<0>(at as *const u8);
+        let headers = [word(header - 8), word(header), word(header + 8)];
         let at = u64::from((*skb).data);
         // Through memory: to a verifier it is a pointer otherwise, with which not all can be done.
         let before = (&raw const buffer.headers_at).read_volatile();
         // Not the arrays, for which a loop over their bytes would be called.
         let ([a, b, c], [d, e, f]) = (headers, buffer.headers);
         let is_same = before == at && buffer.len == segment.len && a == d && b == e && c == f;
-        (&raw mut buffer.headers_at).write_volatile(at);
-        buffer.len = segment.len;
-        buffer.headers = headers;
+        if direction == head::INGRESS {
+            buffer.headers_at = 0;
+        } else {
+            (&raw mut buffer.headers_at).write_volatile(at);
+            buffer.len = segment.len;
+            buffer.headers = headers;
+        }
         is_same
     }
-}
-
-/// The eight bytes that begin `N` bytes behind `at`.
-///
-/// # Safety
-/// They can be read.
-#[inline(always)]
-unsafe fn word<const N: usize>(at: usize) -> u64 {
-    let word: u64;
-    // SAFETY: by the caller's word. In assembly: where it is not known to be aligned, rustc would load byte by byte.
-    unsafe {
-        core::arch::asm!("{0} = *(u64 *)({1} + {2})", out(reg) word, in(reg) at, const N, options(pure, readonly, nostack))
-    };
-    word
 }
 
 /// The turns of the scanner.
@@ -213,7 +204,7 @@ unsafe fn run(skb: *mut __sk_buff, direction: usize, segment: &Segment, at: u32,
         (*context).payload_at = segment.payload_at;
         (*context).direction = direction as u32;
         (*context).finished = 0;
-        let same = is_same(skb, segment, &mut *buffer);
+        let same = is_same(skb, direction, segment, &mut *buffer);
         head::begin(&mut (*buffer).window, at, segment.len, same);
         // Most segments need but one turn. It is cheaper outside of the loop.
         if turn(context) == 0 {

@@ -9,7 +9,7 @@
 //! is kept from the programs leaves its slot taken for good; that costs no more than storage for those that come to it.
 
 use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
-use aya_ebpf::btf_maps::{Array, LruHashMap, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, SkStorage};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::macros::btf_map;
@@ -36,7 +36,10 @@ static SOCKETS: SkStorage<Conn> = SkStorage::new();
 /// Cookies of the sockets whose state is in storage, where a walk over open files cannot look ([`sock::config_files_trusted`]). How many
 /// find room user space says.
 #[btf_map]
-static STORED: LruHashMap<u64, u8, 1> = LruHashMap::new();
+static STORED: HashMap<u64, u8, 1> = HashMap::new();
+/// Not 0: that has been full.
+#[btf_map]
+static MORE_STORED: Array<u32, 1> = Array::new();
 
 /// Beside the cookie in a tag: the slot is being cleared for that socket.
 const CLAIMED: u64 = 1 << 61;
@@ -264,11 +267,11 @@ pub(crate) unsafe fn of_file<'a>(sk: *mut c_void, cookie: u64, trusted: bool) ->
             return slot.state();
         }
         let is_free = tag != cookie | ENDED && slot.is_free(tag, conn::now());
-        if !is_free || !conn::ends_pass(sk) || !slot.retag(tag, cookie | CLAIMED) {
+        if !is_free || is_stored(sk, cookie) || !conn::ends_pass(sk) || !slot.retag(tag, cookie | CLAIMED) {
             return None;
         }
-        // (What others put into storage is no matter.)
-        if STORED.get(cookie).is_some() {
+        // It may have been put there meanwhile, before the claim was to be seen.
+        if is_stored(sk, cookie) {
             slot.tag.write_volatile(0);
             return None;
         }
@@ -279,9 +282,31 @@ pub(crate) unsafe fn of_file<'a>(sk: *mut c_void, cookie: u64, trusted: bool) ->
 /// Notes that a socket's state is in storage, if that will be asked.
 #[inline(always)]
 fn note_stored(cookie: u64) {
+    if !sock::config_files_trusted()
+        && STORED.insert(cookie, 0, 0).is_err()
+        && let Some(more) = MORE_STORED.get_ptr_mut(0)
+    {
+        // SAFETY: an aligned word of the map.
+        unsafe { more.write_volatile(1) };
+    }
+}
+
+/// Whether a socket's state is, or may be, in storage, where [`note_stored`] is called. Others may have put something there, too.
+///
+/// # Safety
+/// As for [`get`].
+#[inline(always)]
+unsafe fn is_stored(sk: *mut c_void, cookie: u64) -> bool {
+    // SAFETY: by the caller's word; the value is not looked at.
+    unsafe { STORED.get(cookie).is_some() || (MORE_STORED.get(0) != Some(&0) && sock::has_storage(sk)) }
+}
+
+/// The socket has no state any more.
+#[inline(always)]
+fn forget_stored(cookie: u64) {
     if !sock::config_files_trusted() {
-        // Full is no matter: the least recently used entry makes room.
-        let _ = STORED.insert(cookie, 0, 0);
+        // It fails where there was nothing to forget.
+        let _ = STORED.remove(cookie);
     }
 }
 
@@ -371,6 +396,7 @@ unsafe fn storage<'a>(sk: *mut c_void, flags: u64) -> Option<&'a mut Conn> {
 /// The socket has ended: its slot will be another's.
 #[inline(always)]
 pub(crate) fn end(cookie: u64, now: u64) {
+    forget_stored(cookie);
     if let Some(slot) = slot(cookie)
         && slot.tag() & !IDLE == cookie
     {
@@ -411,6 +437,7 @@ pub(crate) unsafe fn delete(sk: *mut c_void, cookie: u64) {
             }
         }
     }
+    forget_stored(cookie);
     // SAFETY: by the caller's word. It fails where there was nothing to forget.
     unsafe {
         if sock::has_storage(sk) {

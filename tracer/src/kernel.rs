@@ -302,7 +302,7 @@ impl<'a> Object<'a> {
         let walks_storage =
             layout.bears_storage_walk && layout.sk_storage_map.is_some_and(|walk| trial::walk(walk).is_ok());
         let files_trusted =
-            layout.task_file.is_none_or(|walk| trial::file_socket(walk, layout.offsets.socket_sk).is_ok());
+            layout.task_file.is_none_or(|walk| trial::trusts_open_files(walk, layout.offsets.socket_sk));
         let config = Config {
             filters: [
                 (!ask.pids.is_empty(), filter::PID),
@@ -390,11 +390,8 @@ impl<'a> Object<'a> {
                     .with_context(|| format!("cannot attach {name} to the cgroup-v2 root"))?;
             }
             Place::OpenFiles => {
-                if !self.files_trusted {
-                    snapshot::give_cookies();
-                }
                 walk_open_files(&mut self.ebpf, &self.btf)?;
-                self.walks.push(Walk::over_files(&mut self.ebpf, &self.btf)?);
+                self.walks.push(Walk::over_files(&mut self.ebpf, &self.btf, self.files_trusted)?);
             }
             Place::Sockets => self.walks.push(Walk::over_storage(&mut self.ebpf, &self.btf, self.layout)?),
         }
@@ -447,6 +444,10 @@ impl Kernel {
         let mut object = Object::new(ask, cgroup, layout)?;
         let log = EbpfLogger::init(&mut object.ebpf).context("cannot read the programs' log")?;
 
+        if !object.files_trusted {
+            // Before a program sees a packet: what was open before is to be found in its slot, and not to be in storage by then.
+            snapshot::give_cookies();
+        }
         let mut attached = Vec::new();
         let mut degraded = Vec::new();
         let mut blind = Blind::default();
@@ -461,6 +462,10 @@ impl Kernel {
                 (Ok(cost), _) => {
                     attached.push(hook.name.to_owned());
                     degraded.extend(cost.map(str::to_owned));
+                }
+                // It may be for a cast that it is refused.
+                (Err(error), _) if matches!(hook.place, Place::OpenFiles) && layout.cast.is_some() => {
+                    return Err(error);
                 }
                 (Err(error), Without::Degraded(cost)) => {
                     degraded.push(preflight::without_hook(hook.name, cost, &error));
@@ -595,6 +600,8 @@ pub struct Walk {
     link: OwnedFd,
     /// What it goes over.
     pub over: Over,
+    /// Whether idle sockets leave their slots.
+    pub makes_room: bool,
 }
 
 /// What a [`Walk`] goes over.
@@ -621,15 +628,15 @@ impl Walk {
         program.load("bpf_sk_storage_map", btf).context("the kernel refused program iter/bpf_sk_storage_map")?;
         let link = bpf::link_iterator(program.fd()?.as_fd(), Some(map.as_fd()))
             .context("cannot attach iter/bpf_sk_storage_map")?;
-        Ok(Self { link, over: Over::Storage })
+        Ok(Self { link, over: Over::Storage, makes_room: false })
     }
 
     /// Over every open file of every process.
-    fn over_files(ebpf: &mut Ebpf, btf: &Btf) -> Result<Self> {
+    fn over_files(ebpf: &mut Ebpf, btf: &Btf, makes_room: bool) -> Result<Self> {
         let program: &mut Iter = program(ebpf, "look_at_files")?.try_into()?;
         program.load("task_file", btf).context("the kernel refused a second program iter/task_file")?;
         let link = bpf::link_iterator(program.fd()?.as_fd(), None).context("cannot attach a second iter/task_file")?;
-        Ok(Self { link, over: Over::Files })
+        Ok(Self { link, over: Over::Files, makes_room })
     }
 
     /// Has every open file of the host looked at, or every socket that has storage: those are reported that have been in CLOSE_WAIT

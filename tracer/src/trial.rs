@@ -71,11 +71,8 @@ pub(crate) fn cast(cast: Cast) -> io::Result<()> {
 
 /// Whether helpers take the socket of an open file, in a walk over open files: `walk` is the function `bpf_iter_task_file`, and `sk` the
 /// offset of that member in `struct socket`. Upstream kernels let them; hardened ones take what is read there for a number.
-///
-/// # Errors
-/// As for [`cast`].
-pub(crate) fn file_socket(walk: u32, sk: u32) -> io::Result<()> {
-    let sk = u16::try_from(sk).map_err(io::Error::other)?;
+pub(crate) fn trusts_open_files(walk: u32, sk: u32) -> bool {
+    let Ok(sk) = u16::try_from(sk) else { return false };
     let [result, exit] = END;
     let program = [
         instruction(LOAD, 0x11, FILE, 0),
@@ -87,7 +84,11 @@ pub(crate) fn file_socket(walk: u32, sk: u32) -> io::Result<()> {
         result,
         exit,
     ];
-    load(BPF_PROG_TYPE_TRACING, Some(walk), &program)
+    // What is refused for another reason, such as want of memory, says nothing of this.
+    match load(BPF_PROG_TYPE_TRACING, Some(walk), &program) {
+        Ok(()) => true,
+        Err(error) => !matches!(error.raw_os_error(), Some(libc::EACCES | libc::EINVAL)),
+    }
 }
 
 /// Whether the kernel accepts any program at all for a walk: the function `bpf_iter_…`.
@@ -109,14 +110,20 @@ fn load(prog_type: u32, walk: Option<u32>, instructions: &[[u8; 8]]) -> io::Resu
         ..ProgLoad::default()
     };
     let size = size_of::<ProgLoad>();
-    // SAFETY: the kernel reads `attributes`, of the size that it is told, and what it points to, which outlives the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_ref(&attributes), size) };
-    match i32::try_from(fd) {
-        Ok(fd) if fd >= 0 => {
+    for _ in 0..10 {
+        // SAFETY: the kernel reads `attributes`, of the size that it is told, and what it points to, which outlives the call.
+        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_ref(&attributes), size) };
+        if let Ok(fd) = i32::try_from(fd)
+            && fd >= 0
+        {
             // SAFETY: the kernel has made this descriptor, and nobody else has it.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            Ok(())
+            return Ok(());
         }
-        _ => Err(io::Error::last_os_error()),
+        // So the verifier answers if there is a signal.
+        if io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock {
+            break;
+        }
     }
+    Err(io::Error::last_os_error())
 }

@@ -81,7 +81,7 @@ fn walk(walks: &[Walk], after: Duration, wished: &mpsc::Receiver<()>) {
     while let Some(next) = walks.iter().map(|(_, schedule)| schedule.next).min() {
         match wished.recv_timeout(next.saturating_duration_since(Instant::now())) {
             Ok(()) => {
-                for (_, schedule) in walks.iter_mut().filter(|(walk, _)| walk.over == Over::Files) {
+                for (_, schedule) in walks.iter_mut().filter(|(walk, _)| walk.makes_room) {
                     schedule.next = schedule.next.min(schedule.earliest);
                 }
             }

@@ -22,6 +22,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use log::{debug, warn};
+use netlink_packet_sock_diag::inet::StateFlags;
 use rustix::io::Errno;
 use serde::Serialize;
 
@@ -204,7 +205,10 @@ pub(crate) fn has_namespace(inode: u32) -> Option<bool> {
 /// Has the kernel give each connection of the host a cookie that has none yet: it does so for what it lists. Where a namespace cannot be
 /// listed, they have none.
 pub(crate) fn give_cookies() {
-    let list = || sockets::list(&time_wait::open()?, &sockets::connections(), 0).map(drop);
+    let list = || {
+        let states = sockets::connections().difference(StateFlags::TIME_WAIT);
+        sockets::list(&time_wait::open()?, &states, 0).map(drop)
+    };
     let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).unwrap_or_default();
     let mut found = walk::walk();
     found.namespaces.remove(&own);
@@ -305,7 +309,7 @@ fn inside<T: Send + 'static>(netns: u64, path: &Path, work: fn() -> io::Result<T
 /// Reads the namespace of the calling thread.
 fn see() -> io::Result<Seen> {
     let netlink = time_wait::open()?;
-    let listening = netlink_packet_sock_diag::inet::StateFlags::LISTEN;
+    let listening = StateFlags::LISTEN;
     let (listeners, _) = sockets::list(&netlink, &listening, SOCKETS)?;
     let (sockets, omitted) = sockets::list(&netlink, &sockets::connections(), SOCKETS)?;
     let mut unread = Vec::new();

@@ -71,13 +71,11 @@ impl Blinded {
     }
 
     fn on(host: &Host, missing: &[&str], ports: Vec<u16>) -> Self {
-        let ask = Ask {
-            ports,
-            ring_bytes: 1 << 18,
-            close_wait_after: CLOSE_WAIT_AFTER,
-            slots: Ask::usual_slots(),
-            ..Ask::default()
-        };
+        Self::with_slots(host, missing, ports, Ask::usual_slots())
+    }
+
+    fn with_slots(host: &Host, missing: &[&str], ports: Vec<u16>, slots: u32) -> Self {
+        let ask = Ask { ports, ring_bytes: 1 << 18, close_wait_after: CLOSE_WAIT_AFTER, slots, ..Ask::default() };
         // By a thread of its own: who walks over open files is not taken for the one that closes them.
         let attach = || Kernel::attach_to(&hooks_without(missing), &ask, &host.cgroup, &host.layout).expect("attached");
         let attached = std::thread::scope(|scope| scope.spawn(attach).join().expect("it does not panic"));
@@ -462,6 +460,38 @@ fn where_open_files_are_not_trusted_what_was_open_before_is_found_in_its_slot() 
     let mut wanted: Vec<_> = leaking.iter().chain(&leaked).map(|(_, client_port)| *client_port).collect();
     wanted.sort_unstable();
     assert_eq!(told, wanted);
+}
+
+#[test]
+fn where_open_files_are_not_trusted_no_walk_takes_what_is_in_storage_for_older() {
+    let mut host = preflight::check().unwrap_or_else(|refusal| panic!("{refusal}"));
+    host.layout.task_file = NO_FUNCTION;
+    let port = free_port();
+    let mut tracer = Blinded::with_slots(&host, &[], vec![port], 1);
+    // Of four sockets one at most finds the slot.
+    let mut server = Script::start(
+        port,
+        "listener = listen()\n\
+         pairs = [(connect(), listener.accept()[0]) for _ in range(2)]\n\
+         say(' '.join(str(client.getsockname()[1]) for client, _ in pairs))\n\
+         for pair in pairs:\n\
+         \x20   hear()\n\
+         \x20   for end in pair: end.close()\n\
+         hear()",
+    );
+    let clients: Vec<u16> = server.hear().split(' ').map(|port| port.parse().expect("a port")).collect();
+    for client in clients {
+        // Long enough for a slot to be used again.
+        for _ in 0..6 {
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(look(&mut tracer).is_empty());
+        }
+        server.tell("close");
+        let owner = json!({ "pid": server.pid(), "source": "connect" });
+        let wanted = json!({ "started_before": false, "closed_by": "local", "final": "time_wait", "process": owner });
+        expect(&tracer.close(client, port), &wanted);
+        expect(&tracer.close(port, client), &json!({ "started_before": false, "closed_by": "remote" }));
+    }
 }
 
 /// Has all files, and where it can be all storage, looked at: the remote ports of what stays in CLOSE_WAIT.
