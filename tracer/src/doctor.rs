@@ -400,7 +400,7 @@ mod tests {
                     Some(said) => assert!(said.starts_with(mend), "{finding:?}"),
                 }
             }
-            assert_eq!(kinds, [4, 2, 5]);
+            assert_eq!(kinds, [3, 2, 6]);
         }
         let mut findings = Findings::default();
         hooks.iter().for_each(|hook| findings.hook(hook, Ok(None)));

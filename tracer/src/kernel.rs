@@ -230,7 +230,7 @@ const HOOKS: [Hook; 9] = [
         name: "iter/task_file",
         place: Place::OpenFiles,
         without: Without::Degraded(
-            "connections that were open before have no process until one reads from them, connects or closes; sockets that stay \
+            "connections that were open before have no process until one reads from them, connects or closes, sockets that stay \
              in CLOSE_WAIT are reported only if they have lasted for a while, and idle ones do not make room for others, which \
              cost more then",
         ),
@@ -250,7 +250,7 @@ const STORED: u32 = 1 << 16;
 
 /// What it costs that helpers do not take the socket of an open file: [`Config::files_trusted`].
 const UNTRUSTED_FILES: &str = "this kernel lets the walk over open files (iter/task_file) read sockets, and no more: of connections that were \
-     open before, some may have no process, and those not be reported that stay in CLOSE_WAIT; and idle ones do not make room for \
+     open before, some may have no process, and those not be reported that stay in CLOSE_WAIT, and idle ones do not make room for \
      others, which cost more then; run a kernel that trusts what it has found itself, as upstream ones do";
 
 /// A connection that lasts so long is no short one, so storage for it is no matter: [`Config::storage_walk_ns`].
