@@ -22,7 +22,6 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use log::{debug, warn};
-use netlink_packet_sock_diag::inet::StateFlags;
 use rustix::io::Errno;
 use serde::Serialize;
 
@@ -203,16 +202,20 @@ pub(crate) fn has_namespace(inode: u32) -> Option<bool> {
 }
 
 /// Has the kernel give each connection of the host a cookie that has none yet: it does so for what it lists. Where a namespace cannot be
-/// listed, they have none.
+/// listed, they have none; nor where no process is in it, and it is not mounted where `ip netns` does that.
 pub(crate) fn give_cookies() {
-    let list = || {
-        let states = sockets::connections().difference(StateFlags::TIME_WAIT);
-        sockets::list(&time_wait::open()?, &states, 0).map(drop)
-    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path().join("ns/net"));
+    let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut namespaces = HashMap::new();
+    for path in processes.chain(named) {
+        if let Ok(found) = fs::metadata(&path) {
+            namespaces.entry(found.ino()).or_insert(path);
+        }
+    }
+    let list = || sockets::list_unread(&time_wait::open()?);
     let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).unwrap_or_default();
-    let mut found = walk::walk();
-    found.namespaces.remove(&own);
-    let elsewhere = found.namespaces.iter().map(|(inode, known)| (*inode, inside(*inode, &known.path, list).map(drop)));
+    namespaces.remove(&own);
+    let elsewhere = namespaces.iter().map(|(inode, path)| (*inode, inside(*inode, path, list).map(drop)));
     for (inode, listed) in std::iter::once((own, list())).chain(elsewhere) {
         if let Err(error) = listed {
             debug!("network namespace {inode} is not listed: {error}");
@@ -309,7 +312,7 @@ fn inside<T: Send + 'static>(netns: u64, path: &Path, work: fn() -> io::Result<T
 /// Reads the namespace of the calling thread.
 fn see() -> io::Result<Seen> {
     let netlink = time_wait::open()?;
-    let listening = StateFlags::LISTEN;
+    let listening = netlink_packet_sock_diag::inet::StateFlags::LISTEN;
     let (listeners, _) = sockets::list(&netlink, &listening, SOCKETS)?;
     let (sockets, omitted) = sockets::list(&netlink, &sockets::connections(), SOCKETS)?;
     let mut unread = Vec::new();

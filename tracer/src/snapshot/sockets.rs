@@ -97,6 +97,37 @@ pub fn list(netlink: &Netlink, states: &StateFlags, limit: usize) -> io::Result<
     Ok((found, omitted))
 }
 
+/// Has the kernel list all connections but those in TIME_WAIT, of both address families, and looks at none of them.
+///
+/// # Errors
+/// As for [`list`].
+pub(crate) fn list_unread(netlink: &Netlink) -> io::Result<()> {
+    /// `NLMSG_ERROR`, `NLMSG_DONE`; and the size of a `struct nlmsghdr`, of which the length and the type come first.
+    const ERROR: u16 = 2;
+    const DONE: u16 = 3;
+    const HEADER: usize = 16;
+    for (family, id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+        let mut buffer = vec![0; BUFFER];
+        let states = connections().difference(StateFlags::TIME_WAIT);
+        send(netlink, NLM_F_REQUEST | NLM_F_DUMP, family.into(), request(family, states, id), &mut buffer)?;
+        'dump: loop {
+            let received = netlink.recv(&mut &mut buffer[..], 0)?;
+            let mut replies = buffer.get(..received).unwrap_or_default();
+            while let Some((header, _)) = replies.split_at_checked(HEADER) {
+                match u16::from_ne_bytes([header[4], header[5]]) {
+                    DONE => break 'dump,
+                    ERROR => return Err(invalid("an error")),
+                    _ => {}
+                }
+                let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+                let next = length.max(HEADER).checked_next_multiple_of(4);
+                replies = next.and_then(|next| replies.get(next..)).unwrap_or_default();
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Reads what came at once; answers whether the dump has ended.
 pub(crate) fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Socket)) -> io::Result<bool> {
     while !replies.is_empty() {
