@@ -46,7 +46,7 @@ extern "C" fn look_at_files(ctx: *mut TaskFile) -> c_int {
     unsafe {
         let trusted = sock::config_files_trusted();
         if let Some(sk) = (*ctx).tcp_socket() {
-            let cookie = if trusted { sock::cookie(sk) } else { sock::known_cookie(sk) };
+            let cookie = sock::cookie_of_file(sk);
             if !trusted {
                 // It may have found its slot taken.
                 owner::held_by((*ctx).task, sk, true);
@@ -60,7 +60,7 @@ extern "C" fn look_at_files(ctx: *mut TaskFile) -> c_int {
     0
 }
 
-/// Reports a socket, if it has been in CLOSE_WAIT for long enough, and was not reported yet. `trusted` as for [`slot::of_file`].
+/// Reports a socket, if it has been in CLOSE_WAIT for long enough, and was not reported yet. `trusted` as for [`slot::peek`].
 ///
 /// # Safety
 /// `sk` is a BTF pointer to a TCP `struct sock`, and `cookie` is its own.

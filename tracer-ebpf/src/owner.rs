@@ -273,10 +273,8 @@ pub(crate) unsafe fn held_by(task: *mut c_void, sk: Sock, late: bool) {
         if !conn::port_passes(local, remote) {
             return;
         }
-        let trusted = sock::config_files_trusted();
-        // Where it is not, user space has seen to it that it has one.
-        let cookie = if trusted { sock::cookie(sk) } else { sock::known_cookie(sk) };
-        let Some(conn) = slot::of_file(sk, cookie, trusted) else { return };
+        let cookie = sock::cookie_of_file(sk);
+        let Some(conn) = slot::of_file(sk, cookie) else { return };
         if conn.cookie == 0 {
             traffic::first_sight(conn, cookie, state, conn::now());
         }

@@ -164,7 +164,7 @@ pub(crate) unsafe fn get<'a>(sk: *mut c_void, cookie: u64) -> Option<&'a mut Con
     unsafe { find(sk, cookie, |slot| slot.tag_for(cookie)) }
 }
 
-/// The same, but an idle socket stays so: for the walks. `trusted` as for [`of_file`].
+/// The same, but an idle socket stays so: for the walks. `trusted`: helpers take this one.
 ///
 /// # Safety
 /// As for [`get`].
@@ -249,16 +249,16 @@ unsafe fn in_storage_unless_claimed<'a>(sk: *mut c_void, cookie: u64) -> Option<
 }
 
 /// The state of a socket that is an open file, for the walk that finds it; made now, if it had none and [`conn::ends_pass`], as it
-/// is older than the programs. `trusted`: helpers take such a socket ([`sock::config_files_trusted`]). Else only its slot is at hand: if
+/// is older than the programs. Where helpers do not take such a socket ([`sock::config_files_trusted`]) only its slot is at hand: if
 /// that is free, the state is made there, and if it is not, or if its state is in storage, there is none.
 ///
 /// # Safety
 /// As for [`get`].
 #[inline(always)]
-pub(crate) unsafe fn of_file<'a>(sk: *mut c_void, cookie: u64, trusted: bool) -> Option<&'a mut Conn> {
+pub(crate) unsafe fn of_file<'a>(sk: *mut c_void, cookie: u64) -> Option<&'a mut Conn> {
     // SAFETY: by the caller's word; who has claimed a slot is alone with it.
     unsafe {
-        if trusted {
+        if sock::config_files_trusted() {
             return get_or_create(sk, cookie);
         }
         let slot = slot(cookie)?;

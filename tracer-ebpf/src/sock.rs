@@ -185,6 +185,17 @@ pub(crate) unsafe fn cookie(sk: Sock) -> u64 {
     }
 }
 
+/// The cookie of a socket that is an open file: made now if it had none, but where such a socket is not trusted. There user space has seen to
+/// it that what was open before has one; 0: it has none.
+///
+/// # Safety
+/// As for [`cookie`].
+#[inline(always)]
+pub(crate) unsafe fn cookie_of_file(sk: Sock) -> u64 {
+    // SAFETY: by the caller's word.
+    unsafe { if config_files_trusted() { cookie(sk) } else { known_cookie(sk) } }
+}
+
 /// Makes a BTF pointer of a socket: calls the helper `bpf_skc_to_tcp_sock`, with a mark ([`cast_to`]) by which user space
 /// finds the call. Where the kernel has `bpf_rdonly_cast`, it puts that in its place: a call within the kernel is dear, and this one is
 /// compiled to a move.

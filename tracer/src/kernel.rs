@@ -654,14 +654,14 @@ impl Walk {
 }
 
 /// The `bpf` system call where aya does not make it: an iterator over one map, and one that is run more than once.
-mod bpf {
+pub(crate) mod bpf {
     use std::io;
     use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
     /// `include/uapi/linux/bpf.h`: commands, and an attach type.
     const BPF_LINK_CREATE: libc::c_int = 28;
     const BPF_ITER_CREATE: libc::c_int = 33;
-    const BPF_TRACE_ITER: u32 = 28;
+    pub(crate) const BPF_TRACE_ITER: u32 = 28;
 
     /// `link_create` of `union bpf_attr`, for an iterator.
     #[repr(C)]
@@ -707,7 +707,7 @@ mod bpf {
     }
 
     /// A command that answers a new descriptor.
-    fn call<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
+    pub(crate) fn call<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
         // SAFETY: the kernel reads `attributes`, of the size that it is told, and what it points to, which outlives the call.
         let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
         match i32::try_from(fd) {

@@ -262,16 +262,24 @@ pub(crate) fn inside<T: Send + 'static>(
         .map_err(|_| io::Error::other("the thread that entered the namespace panicked"))?
 }
 
-/// Finds a namespace by its inode: through the process that is known, any other, or a name given by `ip netns`.
-fn find(netns: u32, pid: Option<u32>) -> Option<File> {
-    let of_process = |pid: &str| PathBuf::from(format!("/proc/{pid}/ns/net"));
-    let known = pid.map(|pid| of_process(&pid.to_string()));
+fn of_process(pid: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/ns/net"))
+}
+
+/// What the network namespaces can be entered by: names given by `ip netns`, and processes. Many are the same.
+pub(crate) fn namespaces() -> impl Iterator<Item = PathBuf> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
         name.bytes().all(|byte| byte.is_ascii_digit()).then(|| of_process(&name))
     });
     let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
-    known.into_iter().chain(named).chain(processes).find_map(|path| {
+    named.chain(processes)
+}
+
+/// Finds a namespace by its inode: through the process that is known, any other, or a name.
+fn find(netns: u32, pid: Option<u32>) -> Option<File> {
+    let known = pid.map(|pid| of_process(&pid.to_string()));
+    known.into_iter().chain(namespaces()).find_map(|path| {
         (inode(&path)? == netns).then_some(())?;
         let file = File::open(&path).ok()?;
         // The process may have ended in between, and another taken its id.

@@ -4,17 +4,16 @@
 //! more than others, and a program of tracer's that such a kernel refuses is replaced by another one, or done without.
 
 use std::io;
-use std::os::fd::{FromRawFd as _, OwnedFd};
 
 use tracer_ebpf::cast_to;
 
 use crate::cast::Cast;
+use crate::kernel::bpf::{self, BPF_TRACE_ITER};
 
-/// `enum bpf_cmd`, `enum bpf_prog_type` and `enum bpf_attach_type` in `include/uapi/linux/bpf.h`.
+/// `enum bpf_cmd` and `enum bpf_prog_type` in `include/uapi/linux/bpf.h`.
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
-const BPF_TRACE_ITER: u32 = 28;
 /// The number of the helper.
 const BPF_SOCK_FROM_FILE: u32 = 162;
 /// Where in a `struct bpf_iter__task_file` the file is.
@@ -109,21 +108,12 @@ fn load(prog_type: u32, walk: Option<u32>, instructions: &[[u8; 8]]) -> io::Resu
         attach_btf_id: walk.unwrap_or(0),
         ..ProgLoad::default()
     };
-    let size = size_of::<ProgLoad>();
-    for _ in 0..10 {
-        // SAFETY: the kernel reads `attributes`, of the size that it is told, and what it points to, which outlives the call.
-        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, std::ptr::from_ref(&attributes), size) };
-        if let Ok(fd) = i32::try_from(fd)
-            && fd >= 0
-        {
-            // SAFETY: the kernel has made this descriptor, and nobody else has it.
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            return Ok(());
-        }
-        // So the verifier answers if there is a signal.
-        if io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock {
-            break;
+    // The verifier answers that it is to be asked again if there is a signal.
+    for _ in 0..9 {
+        match bpf::call(BPF_PROG_LOAD, &attributes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            done => return done.map(drop),
         }
     }
-    Err(io::Error::last_os_error())
+    bpf::call(BPF_PROG_LOAD, &attributes).map(drop)
 }

@@ -204,16 +204,14 @@ pub(crate) fn has_namespace(inode: u32) -> Option<bool> {
 /// Has the kernel give each connection of the host a cookie that has none yet: it does so for what it lists. Where a namespace cannot be
 /// listed, they have none; nor where no process is in it, and it is not mounted where `ip netns` does that.
 pub(crate) fn give_cookies() {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path().join("ns/net"));
-    let named = fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|entry| entry.path());
     let mut namespaces = HashMap::new();
-    for path in processes.chain(named) {
+    for path in time_wait::namespaces() {
         if let Ok(found) = fs::metadata(&path) {
             namespaces.entry(found.ino()).or_insert(path);
         }
     }
     let list = || sockets::list_unread(&time_wait::open()?);
-    let own = fs::metadata("/proc/self/ns/net").map(|own| own.ino()).unwrap_or_default();
+    let own = u64::from(time_wait::own_namespace().unwrap_or_default());
     namespaces.remove(&own);
     let elsewhere = namespaces.iter().map(|(inode, path)| (*inode, inside(*inode, path, list).map(drop)));
     for (inode, listed) in std::iter::once((own, list())).chain(elsewhere) {

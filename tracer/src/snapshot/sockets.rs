@@ -7,10 +7,10 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{
-    AF_INET, AF_INET6, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_LISTEN, TCP_TIME_WAIT,
+    AF_INET, AF_INET6, SOCK_DIAG_BY_FAMILY, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_FIN_WAIT2, TCP_LISTEN, TCP_TIME_WAIT,
 };
 use netlink_packet_sock_diag::inet::{SocketId, StateFlags};
 use netlink_sys::Socket as Netlink;
@@ -74,26 +74,15 @@ pub fn connections() -> StateFlags {
 pub fn list(netlink: &Netlink, states: &StateFlags, limit: usize) -> io::Result<(Vec<Socket>, u64)> {
     let mut found = Vec::new();
     let mut omitted = 0;
-    for (family, id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-        let mut buffer = vec![0; BUFFER];
-        let sequence = u32::from(family);
-        let request = request(family, states.clone(), id);
-        send(netlink, NLM_F_REQUEST | NLM_F_DUMP, sequence, request, &mut buffer)?;
-        loop {
-            let received = netlink.recv(&mut &mut buffer[..], 0)?;
-            let replies = buffer.get(..received).unwrap_or_default();
-            let is_last = read(replies, sequence, &mut |socket| {
-                if found.len() < limit {
-                    found.push(socket);
-                } else {
-                    omitted += 1;
-                }
-            })?;
-            if is_last {
-                break;
+    dump(netlink, states, |replies, sequence| {
+        read(replies, sequence, &mut |socket| {
+            if found.len() < limit {
+                found.push(socket);
+            } else {
+                omitted += 1;
             }
-        }
-    }
+        })
+    })?;
     Ok((found, omitted))
 }
 
@@ -102,30 +91,42 @@ pub fn list(netlink: &Netlink, states: &StateFlags, limit: usize) -> io::Result<
 /// # Errors
 /// As for [`list`].
 pub(crate) fn list_unread(netlink: &Netlink) -> io::Result<()> {
-    /// `NLMSG_ERROR`, `NLMSG_DONE`; and the size of a `struct nlmsghdr`, of which the length and the type come first.
-    const ERROR: u16 = 2;
-    const DONE: u16 = 3;
-    const HEADER: usize = 16;
+    dump(netlink, &connections().difference(StateFlags::TIME_WAIT), |mut replies, sequence| {
+        while let Ok(message) = NetlinkBuffer::new_checked(replies)
+            && message.message_type() == SOCK_DIAG_BY_FAMILY
+        {
+            replies = behind(replies, message.length());
+        }
+        read(replies, sequence, &mut |_| ())
+    })
+}
+
+/// Has the kernel list the sockets in these states, of both address families. `read` gets what came at once, and the number of the
+/// request; it answers whether the dump has ended.
+fn dump(
+    netlink: &Netlink,
+    states: &StateFlags,
+    mut read: impl FnMut(&[u8], u32) -> io::Result<bool>,
+) -> io::Result<()> {
     for (family, id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
         let mut buffer = vec![0; BUFFER];
-        let states = connections().difference(StateFlags::TIME_WAIT);
-        send(netlink, NLM_F_REQUEST | NLM_F_DUMP, family.into(), request(family, states, id), &mut buffer)?;
-        'dump: loop {
+        let sequence = u32::from(family);
+        let request = request(family, states.clone(), id);
+        send(netlink, NLM_F_REQUEST | NLM_F_DUMP, sequence, request, &mut buffer)?;
+        loop {
             let received = netlink.recv(&mut &mut buffer[..], 0)?;
-            let mut replies = buffer.get(..received).unwrap_or_default();
-            while let Some((header, _)) = replies.split_at_checked(HEADER) {
-                match u16::from_ne_bytes([header[4], header[5]]) {
-                    DONE => break 'dump,
-                    ERROR => return Err(invalid("an error")),
-                    _ => {}
-                }
-                let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
-                let next = length.max(HEADER).checked_next_multiple_of(4);
-                replies = next.and_then(|next| replies.get(next..)).unwrap_or_default();
+            if read(buffer.get(..received).unwrap_or_default(), sequence)? {
+                break;
             }
         }
     }
     Ok(())
+}
+
+/// What follows a message of this length: messages begin at multiples of four bytes.
+fn behind(replies: &[u8], length: u32) -> &[u8] {
+    let length = usize::try_from(length).unwrap_or(usize::MAX).max(16).checked_next_multiple_of(4);
+    length.and_then(|length| replies.get(length..)).unwrap_or_default()
 }
 
 /// Reads what came at once; answers whether the dump has ended.
@@ -164,9 +165,7 @@ pub(crate) fn read(mut replies: &[u8], sequence: u32, found: &mut impl FnMut(Soc
             NetlinkPayload::Error(error) => return Err(refused(error.raw_code())),
             _ => return Err(invalid("an unexpected message")),
         }
-        // Messages begin at multiples of four bytes.
-        let length = usize::try_from(message.header.length).unwrap_or(usize::MAX).max(16).checked_next_multiple_of(4);
-        replies = length.and_then(|length| replies.get(length..)).unwrap_or_default();
+        replies = behind(replies, message.header.length);
     }
     Ok(false)
 }
